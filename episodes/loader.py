@@ -1,0 +1,115 @@
+"""Episodes as batches of tensors; the same for any number of worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from episodes.augment import EpisodeTransform
+from episodes.types import DataError, EpisodeBatch, EpisodeSpec, MaskSource
+
+
+class EpisodeDataset(Dataset[EpisodeBatch]):
+    """Episode n as an `EpisodeBatch` of one.
+
+    Args:
+        source: images and masks.
+        sampler: the specs, usually an `EpisodeSampler`.
+        support_transform: applied to every support.
+        query_transform: applied to the query; of the same size.
+
+    Raises:
+        DataError: the two transforms give different sizes.
+    """
+
+    def __init__(
+        self,
+        source: MaskSource,
+        sampler: Sequence[EpisodeSpec],
+        support_transform: EpisodeTransform,
+        query_transform: EpisodeTransform,
+    ) -> None:
+        if support_transform.size != query_transform.size:
+            raise DataError(
+                "supports and queries must have one size, "
+                f"got {support_transform.size} and {query_transform.size}"
+            )
+        self._source, self._sampler = source, sampler
+        self._support_transform, self._query_transform = support_transform, query_transform
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getitem__(self, n: int) -> EpisodeBatch:
+        spec = self._sampler[n]
+        # One seed per image: the query first, so that it looks the same for any number of shots.
+        seeds = np.random.SeedSequence(spec.seed).generate_state(1 + spec.shots, np.uint64).tolist()
+        query, query_mask = self._query_transform(
+            self._source.image(spec.query_id), self._source.mask(spec.query_id, spec.class_id), seed=seeds[0]
+        )
+        supports = [
+            self._support_transform(
+                self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed
+            )
+            for image_id, seed in zip(spec.support_ids, seeds[1:], strict=True)
+        ]
+        return EpisodeBatch(
+            support_images=torch.stack([image for image, _ in supports])[None],
+            support_masks=torch.stack([mask for _, mask in supports])[None],
+            query_images=query[None],
+            query_masks=query_mask[None],
+            class_ids=torch.tensor([spec.class_id]),
+            specs=(spec,),
+        )
+
+
+def collate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
+    """One batch from several of equal shots and size, in order."""
+    return EpisodeBatch(
+        support_images=torch.cat([batch.support_images for batch in batches]),
+        support_masks=torch.cat([batch.support_masks for batch in batches]),
+        query_images=torch.cat([batch.query_images for batch in batches]),
+        query_masks=torch.cat([batch.query_masks for batch in batches]),
+        class_ids=torch.cat([batch.class_ids for batch in batches]),
+        specs=tuple(spec for batch in batches for spec in batch.specs),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    del worker
+    cv2.setNumThreads(0)  # workers are the parallelism; threads within them only fight for cores
+
+
+def episode_loader(
+    dataset: EpisodeDataset, *, batch_size: int, workers: int = 0, start: int = 0
+) -> DataLoader[EpisodeBatch]:
+    """Batches of episodes start, start + 1, ... in order; the last may be smaller.
+
+    Args:
+        dataset: the episodes.
+        batch_size: episodes per batch.
+        workers: processes that load; 0 loads in this one. The batches do not depend on it.
+        start: first episode, so that an interrupted run goes on where it stopped.
+
+    Raises:
+        DataError: an argument outside its range.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size must be at least 1, got {batch_size}")
+    if workers < 0:
+        raise DataError(f"number of workers must not be negative, got {workers}")
+    if not 0 <= start <= len(dataset):
+        raise DataError(f"first episode must be in 0..{len(dataset)}, got {start}")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=range(start, len(dataset)),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # else every pass would draw from, and change, torch's global stream
+    )

@@ -1,0 +1,118 @@
+"""The words of the field as values: episode, episode batch, source of images and masks.
+
+A *class id* is the label value of a class in its data set (VOC: 1..20). 0 is background and 255 is ignore
+in every mask of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IGNORE = 255
+"""Mask value of pixels that belong to neither foreground nor background and are never scored."""
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class DataError(ValueError):
+    """A problem of the user's data or request: one line that says what was expected, what came, how to mend it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodeSpec:
+    """One episode by name: which images, which class, which randomness. Loads nothing.
+
+    Attributes:
+        class_id: label value of the episode's class.
+        support_ids: K image ids; a protocol may let them repeat (hsnet does).
+        query_id: image id of the query, never among the supports.
+        seed: seed of everything random that happens to this episode's images (augmentation).
+
+    Raises:
+        DataError: no support, or the query is among the supports.
+    """
+
+    class_id: int
+    support_ids: tuple[str, ...]
+    query_id: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.support_ids:
+            raise DataError("an episode needs at least one support image; got none: ask for shots >= 1")
+        if self.query_id in self.support_ids:
+            raise DataError(f"query {self.query_id!r} is among its own supports {self.support_ids}")
+
+    @property
+    def shots(self) -> int:
+        """Number of supports, K."""
+        return len(self.support_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodeBatch:
+    """B episodes of K shots as tensors, all at one size H x W.
+
+    Attributes:
+        support_images: float32 (B, K, 3, H, W), RGB in [0, 1]; the backbone normalises, not the loader.
+        support_masks: uint8 (B, K, H, W), 1 = foreground, 0 = background, 255 = ignore.
+        query_images: float32 (B, 3, H, W).
+        query_masks: uint8 (B, H, W), same values as the support masks.
+        class_ids: int64 (B,).
+        specs: the B specs, in order.
+    """
+
+    support_images: Tensor
+    support_masks: Tensor
+    query_images: Tensor
+    query_masks: Tensor
+    class_ids: Tensor
+    specs: tuple[EpisodeSpec, ...]
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """Images with masks per class, by id. Every data set of this package is one of these.
+
+    Implementations are cheap to construct, hold no open files, can be pickled into workers, and raise
+    `DataError` naming the file for anything missing or undecodable.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name for reports, for example ``voc``."""
+        ...
+
+    @property
+    def class_names(self) -> Mapping[int, str]:
+        """Class id -> name, background excluded, in ascending order of id."""
+        ...
+
+    def ids(self, split: str) -> Sequence[str]:
+        """Image ids of a split in the data set's own order. Raises DataError for an unknown split."""
+        ...
+
+    def image(self, image_id: str) -> UInt8Array:
+        """RGB image, uint8 (H, W, 3)."""
+        ...
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        """uint8 (H, W): 1 where the class is, 255 where ignored, 0 elsewhere."""
+        ...
+
+    def class_areas(self, image_id: str) -> Mapping[int, int]:
+        """Class id -> its number of pixels in this image, for the classes present."""
+        ...
+
+    def fingerprint(self, image_ids: Sequence[str]) -> str:
+        """Hex digest that changes when an image or mask of these ids changes (path, size, mtime); fast."""
+        ...

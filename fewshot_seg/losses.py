@@ -1,0 +1,52 @@
+"""Losses of episodic training: the mask's (cross-entropy and Dice) and the embedding's (a metric loss)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from episodes.types import IGNORE
+
+
+def segmentation_loss(logits: Tensor, targets: Tensor, *, dice_weight: float = 1.0) -> Tensor:
+    """Binary cross-entropy plus soft Dice (Milletari et al., V-Net, arXiv 1606.04797), each per episode, averaged.
+
+    Args:
+        logits: float (B, H, W).
+        targets: uint8 (B, H, W), 1 = foreground, 0 = background, 255 = ignore.
+        dice_weight: weight of the Dice term; 0 leaves cross-entropy alone.
+
+    Returns:
+        Scalar. An episode without valid pixels adds nothing.
+    """
+    valid = (targets != IGNORE).to(logits.dtype)
+    foreground = (targets == 1).to(logits.dtype)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, foreground, reduction="none")
+    per_episode = (cross_entropy * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
+    if dice_weight:
+        probability = logits.sigmoid() * valid
+        overlap = (probability * foreground).sum((1, 2))
+        # + 1 keeps the term finite and rewards an empty answer to an empty mask.
+        dice = (2 * overlap + 1) / (probability.sum((1, 2)) + foreground.sum((1, 2)) + 1)
+        per_episode = per_episode + dice_weight * (1 - dice)
+    return per_episode.mean()
+
+
+def balanced_map_loss(margin: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    """Metric loss of a dense embedding: cells of the query's object must be nearer the support's object.
+
+    Binary cross-entropy of a signed similarity margin per query cell, object and background weighing the same
+    whatever their areas (otherwise the many background cells decide).
+
+    Args:
+        margin: float (B, N), > 0 where the cell is nearer the support's foreground than its background.
+        foreground: float (B, N), fraction of the cell that is object.
+        background: float (B, N), fraction of the cell that is background; ignored area is in neither.
+
+    Returns:
+        Scalar. A side that is absent from an episode adds nothing.
+    """
+    similar = (F.softplus(-margin) * foreground).sum(1) / foreground.sum(1).clamp_min(1e-3)
+    dissimilar = (F.softplus(margin) * background).sum(1) / background.sum(1).clamp_min(1e-3)
+    return (similar + dissimilar).mean()

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from episodes.index import ClassIndex, build_index, count_grid_points
+from episodes.sources import SyntheticSource, VocSource
+from episodes.types import DataError
+
+
+class CountingSource(SyntheticSource):
+    reads = 0
+
+    def class_areas(self, image_id):  # type: ignore[no-untyped-def]
+        type(self).reads += 1
+        return super().class_areas(image_id)
+
+
+@pytest.fixture
+def counting() -> CountingSource:
+    CountingSource.reads = 0
+    return CountingSource(base_classes=3, novel_classes=2, images_per_class=2, size=48)
+
+
+def test_index_agrees_with_the_masks(tiny_voc: Path) -> None:
+    source = VocSource(tiny_voc)
+    index = build_index(source, "val")
+    assert index.image_ids == source.ids("val")
+    assert index.class_ids == (1, 2, 6, 7, 11, 12, 16, 17)
+    for class_id in index.class_ids:
+        expected = tuple(i for i in source.ids("val") if (source.mask(i, class_id) == 1).any())
+        assert index.images_of(class_id) == expected
+    assert index.images_of(20) == ()
+
+
+def test_pairs_are_in_image_order_then_by_class(tiny_voc: Path) -> None:
+    index = build_index(VocSource(tiny_voc), "val")
+    pairs = index.pairs([2, 1])
+    assert pairs[:5] == [("val_01_0", 1), ("val_01_1", 1), ("val_01_1", 2), ("val_01_2", 1), ("val_01_3", 1)]
+    assert all(class_id in (1, 2) for _, class_id in pairs)
+
+
+def test_stored_index_is_reused_without_reading_masks(counting: CountingSource, tmp_path: Path) -> None:
+    first = build_index(counting, "train", cache_dir=tmp_path / "new" / "cache")
+    assert CountingSource.reads == 6
+    second = build_index(counting, "train", cache_dir=tmp_path / "new" / "cache")
+    assert CountingSource.reads == 6
+    assert second == first
+    assert [path.suffix for path in (tmp_path / "new" / "cache").iterdir()] == [".json"]
+
+
+def test_splits_and_sources_are_stored_apart(counting: CountingSource, tmp_path: Path) -> None:
+    other = CountingSource(seed=1, base_classes=3, novel_classes=2, images_per_class=2, size=48)
+    stored = {
+        build_index(source, split, cache_dir=tmp_path).fingerprint
+        for source in (counting, other)
+        for split in ("train", "val")
+    }
+    assert len(stored) == len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', '{"format": 0, "fingerprint": "x"}'])
+def test_damaged_store_is_rebuilt(counting: CountingSource, tmp_path: Path, damage: str) -> None:
+    index = build_index(counting, "train", cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(damage)
+    assert build_index(counting, "train", cache_dir=tmp_path) == index
+    assert CountingSource.reads == 12
+    assert json.loads(path.read_text())["fingerprint"] == index.fingerprint
+
+
+def test_truncated_images_in_the_store_are_rebuilt(counting: CountingSource, tmp_path: Path) -> None:
+    index = build_index(counting, "train", cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    content["images"].pop()
+    path.write_text(json.dumps(content))
+    assert build_index(counting, "train", cache_dir=tmp_path) == index
+
+
+def test_changed_data_are_read_again(tiny_voc: Path, tmp_path: Path) -> None:
+    source = VocSource(tiny_voc)
+    before = build_index(source, "val", cache_dir=tmp_path / "cache")
+    path = source.mask_file("val_01_0")
+    size = Image.open(path).size
+    Image.new("L", size, 9).save(path)
+    os.utime(path, ns=(10**18, 10**18))
+    after = build_index(source, "val", cache_dir=tmp_path / "cache")
+    assert before.images_of(9) == ()
+    assert after.images_of(9) == ("val_01_0",)
+    assert before.fingerprint != after.fingerprint
+
+
+def test_failed_write_leaves_nothing(
+    counting: CountingSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("episodes.index.json.dump", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(counting, "train", cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_split(tiny_voc: Path) -> None:
+    (tiny_voc / "ImageSets" / "Segmentation" / "none.txt").write_text("\n")
+    with pytest.raises(DataError, match="split 'none' of voc lists no images"):
+        build_index(VocSource(tiny_voc), "none")
+
+
+def test_index_can_be_pickled(counting: CountingSource) -> None:
+    index = build_index(counting, "train")
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy == index
+    assert copy.images_of(1) == index.images_of(1)
+
+
+@given(
+    height=st.integers(1, 130),
+    width=st.integers(1, 130),
+    seed=st.integers(0, 99),
+)
+def test_grid_points_match_a_plain_loop(height: int, width: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).choice(np.array([0, 1, 255], dtype=np.uint8), (height, width))
+    loop = sum(
+        mask[row, column] == 1
+        for row in range(height)
+        for column in range(width)
+        if row % 32 == 1 and column % 32 == 1
+    )
+    assert count_grid_points(mask) == loop
+
+
+@given(st.integers(33, 200), st.integers(33, 200), st.sampled_from([0.5, 0.768, 0.384]))
+def test_grid_of_a_reduced_copy_has_the_originals_points(height: int, width: int, scale: float) -> None:
+    small = np.ones((max(2, round(height * scale)), max(2, round(width * scale))), dtype=np.uint8)
+    original = np.ones((int(np.ceil(small.shape[0] / scale)), int(np.ceil(small.shape[1] / scale))), np.uint8)
+    assert count_grid_points(small, scale) == count_grid_points(original)
+
+
+def test_reduced_data_set_counts_its_grid_at_full_size() -> None:
+    # Longest side 64 of all pictures stands for VOC's 500 pixels: a step of 32 becomes 4.1.
+    index = build_index(
+        SyntheticSource(base_classes=3, novel_classes=2, images_per_class=2, size=64), "train"
+    )
+    image_id = index.image_ids[0]
+    area, points = index.areas[image_id][1], index.grid_points[image_id][1]
+    assert points == pytest.approx(area / (32 * 64 / 500) ** 2, rel=0.25)
+
+
+def test_class_index_is_built_by_hand() -> None:
+    index = ClassIndex(("a", "b"), {"a": {2: 5}, "b": {1: 4, 2: 3}}, {"a": {2: 0}, "b": {1: 0, 2: 0}}, "f")
+    assert index.images_of(2) == ("a", "b")
+    assert index.pairs([1, 2]) == [("a", 2), ("b", 1), ("b", 2)]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from episodes.augment import EpisodeTransform
+from episodes.index import build_index
+from episodes.loader import EpisodeDataset, episode_loader
+from episodes.sampler import EpisodeSampler
+from episodes.sources import SyntheticSource
+from episodes.types import DataError, EpisodeBatch, UInt8Array
+
+SOURCE = SyntheticSource(base_classes=4, novel_classes=2, images_per_class=4, size=48)
+
+
+def make_dataset(shots: int = 2, length: int = 7) -> EpisodeDataset:
+    pairs = build_index(SOURCE, "train").pairs(SOURCE.base_class_ids)
+    sampler = EpisodeSampler(pairs, shots=shots, seed=1, length=length, order="random", repeat_supports=False)
+    standard = EpisodeTransform("standard", 32)
+    return EpisodeDataset(SOURCE, sampler, standard, standard)
+
+
+def same(one: EpisodeBatch, two: EpisodeBatch) -> bool:
+    fields = [field.name for field in dataclasses.fields(EpisodeBatch) if field.name != "specs"]
+    return one.specs == two.specs and all(torch.equal(getattr(one, f), getattr(two, f)) for f in fields)
+
+
+def test_batch_shapes_and_types() -> None:
+    batches = list(episode_loader(make_dataset(), batch_size=3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    batch = batches[0]
+    assert batch.support_images.shape == (3, 2, 3, 32, 32)
+    assert batch.support_masks.shape == (3, 2, 32, 32)
+    assert batch.query_images.shape == (3, 3, 32, 32)
+    assert batch.query_masks.shape == (3, 32, 32)
+    assert batch.support_images.dtype == batch.query_images.dtype == torch.float32
+    assert batch.support_masks.dtype == batch.query_masks.dtype == torch.uint8
+    assert batch.class_ids.dtype == torch.int64
+    assert batch.class_ids.tolist() == [spec.class_id for spec in batch.specs]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_episodes_do_not_depend_on_workers(workers: int) -> None:
+    alone = list(episode_loader(make_dataset(), batch_size=2))
+    torch.manual_seed(workers)
+    together = list(episode_loader(make_dataset(), batch_size=2, workers=workers))
+    assert len(alone) == len(together) == 4
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_later_start_continues_the_same_episodes() -> None:
+    whole = list(episode_loader(make_dataset(), batch_size=2))
+    rest = list(episode_loader(make_dataset(), batch_size=2, start=4))
+    assert all(same(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert list(episode_loader(make_dataset(), batch_size=2, start=7)) == []
+
+
+def test_episode_is_what_the_source_shows() -> None:
+    plain = EpisodeTransform("none", 48)
+    sampler = EpisodeSampler(
+        [("train-001-0000", 1), ("train-001-0001", 1)],
+        shots=1,
+        seed=0,
+        length=1,
+        order="list",
+        repeat_supports=True,
+    )
+    batch = EpisodeDataset(SOURCE, sampler, plain, plain)[0]
+    query = torch.from_numpy(SOURCE.image("train-001-0000").copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(batch.query_images[0], query)
+    support_mask = torch.from_numpy(SOURCE.mask("train-001-0001", 1).copy())
+    assert torch.equal(batch.support_masks[0, 0], support_mask)
+
+
+def test_query_and_each_support_have_their_own_augmentation() -> None:
+    # One source image behind all three: only their seeds can make them differ.
+    class Same(SyntheticSource):
+        def image(self, image_id: str) -> UInt8Array:  # noqa: ARG002
+            return super().image("train-001-0000")
+
+    source = Same(base_classes=4, novel_classes=2, images_per_class=4, size=48)
+    pairs = [(f"train-001-000{k}", 1) for k in range(3)]
+    sampler = EpisodeSampler(pairs, shots=2, seed=0, length=1, order="list", repeat_supports=False)
+    standard = EpisodeTransform("standard", 32)
+    batch = EpisodeDataset(source, sampler, standard, standard)[0]
+    images = [batch.query_images[0], *batch.support_images[0]]
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    list(episode_loader(make_dataset(), batch_size=4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bad_arguments() -> None:
+    dataset = make_dataset()
+    with pytest.raises(DataError, match="batch size must be at least 1, got 0"):
+        episode_loader(dataset, batch_size=0)
+    with pytest.raises(DataError, match="workers must not be negative"):
+        episode_loader(dataset, batch_size=1, workers=-1)
+    with pytest.raises(DataError, match=r"first episode must be in 0\.\.7, got 8"):
+        episode_loader(dataset, batch_size=1, start=8)
+    with pytest.raises(DataError, match="must have one size, got 32 and 64"):
+        EpisodeDataset(SOURCE, [], EpisodeTransform("none", 32), EpisodeTransform("none", 64))

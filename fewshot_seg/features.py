@@ -1,0 +1,181 @@
+"""Frozen features and masks of images, computed once and reused by every epoch and episode.
+
+The backbone is frozen, so the only unavoidable cost is one forward pass per image. Features are kept in half
+precision, one safetensors file per image, under a byte budget (least recently used goes first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from episodes.augment import EpisodeTransform
+from episodes.types import DataError, MaskSource
+from fewshot_seg.backbones import Backbone
+from fewshot_seg.runtime import atomic_path
+
+DEFAULT_BYTE_BUDGET = 4 * 2**30
+
+
+class FeatureStore:
+    """Features of a source's images from one backbone at one square size.
+
+    Args:
+        backbone: frozen; its fingerprint names the folder, so that other weights never share features.
+        source: images.
+        size: side in pixels of the square that images are squashed to.
+        directory: where files go; None keeps everything in memory, under the same budget.
+        byte_budget: bytes to keep at most.
+        batch_size: images per forward pass.
+
+    Raises:
+        DataError: the budget is smaller than one image's features.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        source: MaskSource,
+        *,
+        size: int,
+        directory: Path | None,
+        byte_budget: int = DEFAULT_BYTE_BUDGET,
+        batch_size: int = 8,
+    ) -> None:
+        self._backbone, self._source, self._batch_size = backbone, source, batch_size
+        self._transform = EpisodeTransform("none", size)
+        sides = [-(-size // stride) for stride in backbone.strides]
+        self._shapes = [(c, side, side) for c, side in zip(backbone.channels, sides, strict=True)]
+        self._bytes_per_image = 2 * sum(c * h * w for c, h, w in self._shapes)
+        self._capacity = byte_budget // self._bytes_per_image
+        if self._capacity < 1:
+            raise DataError(
+                f"feature cache of {byte_budget} bytes cannot hold one image ({self._bytes_per_image} bytes); "
+                "raise --cache-gigabytes"
+            )
+        self._folder = None if directory is None else directory / f"{backbone.fingerprint[:16]}-{size}"
+        self._memory: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self._names: dict[str, str] = {}
+        self._kept: OrderedDict[Path, None] = OrderedDict()
+        if self._folder is not None and self._folder.is_dir():
+            files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+            self._kept.update((file, None) for file in files)
+
+    def get(self, image_ids: Sequence[str]) -> tuple[Tensor, ...]:
+        """One float32 (N, C, h, w) per level; computes what is missing. Equal from cache and freshly computed."""
+        unique = list(dict.fromkeys(image_ids))
+        found = {image_id: levels for image_id in unique if (levels := self._load(image_id)) is not None}
+        missing = [i for i in unique if i not in found]
+        for start in range(0, len(missing), self._batch_size):
+            found.update(self._compute(missing[start : start + self._batch_size]))
+        per_image = [found[image_id] for image_id in image_ids]
+        return tuple(torch.stack(level).float() for level in zip(*per_image, strict=True))
+
+    def ensure(self, image_ids: Sequence[str], *, show_progress: bool = False) -> None:
+        """Compute and keep what is missing, with progress and time left; can be interrupted and repeated."""
+        missing = [i for i in dict.fromkeys(image_ids) if not self._has(i)]
+        bar = tqdm(total=len(missing), desc="features", unit="image", disable=not show_progress or not missing)
+        with bar:
+            for start in range(0, len(missing), self._batch_size):
+                bar.update(len(self._compute(missing[start : start + self._batch_size])))
+
+    def _name(self, image_id: str) -> str:
+        if image_id not in self._names:  # one look at the file system per image and run
+            content = self._source.fingerprint([image_id])
+            self._names[image_id] = hashlib.sha256(f"{image_id}\0{content}".encode()).hexdigest()[:32]
+        return self._names[image_id]
+
+    def _path(self, image_id: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{self._name(image_id)}.safetensors"
+
+    def _has(self, image_id: str) -> bool:
+        path = self._path(image_id)
+        return self._name(image_id) in self._memory if path is None else path.is_file()
+
+    def _load(self, image_id: str) -> tuple[Tensor, ...] | None:
+        path = self._path(image_id)
+        if path is None:
+            name = self._name(image_id)
+            if name in self._memory:
+                self._memory.move_to_end(name)
+            return self._memory.get(name)
+        try:
+            stored = load_file(path)
+        except (OSError, SafetensorError):  # absent, or damaged: either way it is computed anew
+            return None
+        levels = tuple(stored.get(f"level{i}", torch.empty(0)) for i in range(len(self._shapes)))
+        if [tuple(level.shape) for level in levels] != self._shapes:
+            return None
+        self._touch(path)
+        return levels
+
+    @torch.no_grad()
+    def _compute(self, image_ids: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
+        images = []
+        for image_id in image_ids:
+            image = self._source.image(image_id)
+            images.append(self._transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
+        device = next(self._backbone.parameters()).device
+        levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
+        computed = {i: tuple(level[n].clone() for level in levels) for n, i in enumerate(image_ids)}
+        for image_id, maps in computed.items():
+            self._keep(image_id, maps)
+        return computed
+
+    def _keep(self, image_id: str, maps: tuple[Tensor, ...]) -> None:
+        path = self._path(image_id)
+        if path is None:
+            self._memory[self._name(image_id)] = maps
+            while len(self._memory) > self._capacity:
+                self._memory.popitem(last=False)
+            return
+        with atomic_path(path) as temporary:
+            save_file({f"level{i}": level.contiguous() for i, level in enumerate(maps)}, temporary)
+        self._touch(path)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)[0].unlink(missing_ok=True)
+
+    def _touch(self, path: Path) -> None:
+        if path not in self._kept:
+            self._kept[path] = None
+            return
+        self._kept.move_to_end(path)
+        if len(self._kept) * 10 > self._capacity * 9:  # near the budget, other runs need to see what is in use
+            try:
+                os.utime(path)
+            except OSError:
+                self._kept.pop(path)
+
+
+class MaskStore:
+    """Masks of (image, class) pairs at one square size, kept compressed in memory (about 1 kB each)."""
+
+    def __init__(self, source: MaskSource, *, size: int) -> None:
+        self._source, self._size = source, size
+        self._transform = EpisodeTransform("none", size)
+        self._kept: dict[tuple[str, int], bytes] = {}
+
+    def get(self, image_ids: Sequence[str], class_ids: Sequence[int]) -> Tensor:
+        """uint8 (N, S, S) of 0, 1 and 255."""
+        return torch.stack([self._one(i, c) for i, c in zip(image_ids, class_ids, strict=True)])
+
+    def _one(self, image_id: str, class_id: int) -> Tensor:
+        key = (image_id, class_id)
+        if key not in self._kept:
+            mask = self._source.mask(image_id, class_id)
+            placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
+            resized = self._transform(placeholder, mask, seed=0)[1]
+            self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)
+        values = np.frombuffer(bytearray(zlib.decompress(self._kept[key])), np.uint8)
+        return torch.from_numpy(values.reshape(self._size, self._size))

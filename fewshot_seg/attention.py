@@ -41,13 +41,18 @@ def gradient_attention(
         One float (B, h, w) per level, unscaled (see `scale_map`).
 
     Raises:
-        ValueError: the scores carry no gradient, or do not depend on one of the maps.
+        ValueError: the scores or a map carry no gradient, or the scores do not depend on one of the maps.
     """
+    if isinstance(maps, Tensor):
+        raise ValueError("gradient_attention expects a sequence of maps, one per level; got a tensor: pass [maps]")
     if torch.is_inference_mode_enabled() or not scores.requires_grad:
         raise ValueError(
             "gradient_attention needs scores that carry a gradient; got none: compute them from maps that require "
             "grad, outside torch.inference_mode() (torch.no_grad() around it is fine with torch.enable_grad() inside)"
         )
+    for level, level_maps in enumerate(maps):
+        if not level_maps.requires_grad:
+            raise ValueError(f"maps[{level}] do not require grad; call requires_grad_() before computing the scores")
     with torch.enable_grad():
         gradients = torch.autograd.grad(
             scores.sum(), list(maps), create_graph=create_graph, retain_graph=True, allow_unused=True
@@ -138,8 +143,9 @@ def scale_map(maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         <BLANKLINE>
                 [[0., 0.]]])
     """
-    if size is not None:
+    constant = maps.amax(dim=(1, 2), keepdim=True) == maps.amin(dim=(1, 2), keepdim=True)
+    if size is not None:  # interpolation leaves rounding noise in a constant map, hence the test before it
         maps = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     low = maps.amin(dim=(1, 2), keepdim=True)
     spread = maps.amax(dim=(1, 2), keepdim=True) - low
-    return torch.where(spread > 0, (maps - low) / spread.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)
+    return torch.where((spread > 0) & ~constant, (maps - low) / spread.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)

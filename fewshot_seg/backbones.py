@@ -54,7 +54,9 @@ class Backbone(nn.Module):
         available = {2**stage: width for stage, width in enumerate(encoder.out_channels) if stage > 0 and width > 0}
         missing = [stride for stride in strides if stride not in available]
         if missing or not strides or sorted(set(strides)) != list(strides):
-            raise DataError(f"backbone {name!r} has strides {sorted(available)}, asked for {tuple(strides)} (ascending)")
+            raise DataError(
+                f"backbone {name!r} has strides {sorted(available)}, asked for {tuple(strides)} (ascending)"
+            )
         self.name = name
         self.strides = tuple(strides)
         self.channels = tuple(available[stride] for stride in strides)
@@ -68,12 +70,23 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """float32 (B, 3, H, W) RGB in [0, 1] -> one float32 (B, C, ceil(H/s), ceil(W/s)) per stride s."""
+        """float32 (B, 3, H, W) RGB in [0, 1] -> one float32 (B, C, ceil(H/s), ceil(W/s)) per stride s.
+
+        Raises:
+            DataError: the encoder rounds this size down (convnext, vgg, densenet at other than multiples of 32).
+        """
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         # smp encoders refuse sizes that are no multiple of 32 only in their decoders; the maps themselves are fine.
         maps = self.encoder(((images - mean) / std).contiguous(memory_format=torch.channels_last))
         by_stride = {2**stage: level for stage, level in enumerate(maps)}
+        height, width = images.shape[2:]
+        for stride in self.strides:
+            if by_stride[stride].shape[2:] != (-(-height // stride), -(-width // stride)):
+                raise DataError(
+                    f"backbone {self.name!r} drops the border of {height} x {width} images at stride {stride}; "
+                    f"choose a size that is a multiple of {self.strides[-1]}"
+                )
         return tuple(by_stride[stride].contiguous() for stride in self.strides)
 
     @cached_property
@@ -107,7 +120,7 @@ def build_backbone(
         DataError: unknown encoder, strides it lacks, no embedded weights, or a file that does not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         encoder = _build_encoder(name)
     if weights == EMBEDDED:
         encoder.load_state_dict(_fit(encoder, _embedded_weights(name), where=f"embedded weights of {name}"))
@@ -123,7 +136,10 @@ def _build_encoder(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, [*smp.encoders.encoders, *timm.list_models()], n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise DataError(f"unknown backbone {name!r}: expected a timm or segmentation-models-pytorch encoder{hint}")
-    encoder: nn.Module = smp.encoders.get_encoder(name if native else f"tu-{name}", weights=None, depth=_DEPTH)
+    try:
+        encoder: nn.Module = smp.encoders.get_encoder(name if native else f"tu-{name}", weights=None, depth=_DEPTH)
+    except (ValueError, RuntimeError, AttributeError) as error:  # transformers without stages, mostly
+        raise DataError(f"backbone {name!r} offers no feature maps by stride ({error}); choose another") from error
     return encoder
 
 
@@ -156,7 +172,13 @@ def map_lite_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lite_key(key: str, places: Sequence[str]) -> str:
-    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    outside = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
     found = re.match(r"_blocks\.(\d+)\.(\w+)\.(\w+)$", key)
     if found is None:
         module, leaf = key.split(".")
@@ -195,16 +217,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _fit(encoder: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
     """Select the encoder's own tensors; a ``model.`` prefix may be there or not, classifier keys are surplus."""
-    bare = {key.removeprefix("model."): value for key, value in weights.items()}
+    bare = {_bare(key): value for key, value in weights.items()}
     own = encoder.state_dict()
-    wrong = [
-        key
-        for key, value in own.items()
-        if key.removeprefix("model.") not in bare or bare[key.removeprefix("model.")].shape != value.shape
-    ]
+    wrong = [key for key, value in own.items() if _bare(key) not in bare or bare[_bare(key)].shape != value.shape]
     if wrong:
         raise DataError(
             f"{where} does not fit: {len(wrong)} of {len(own)} tensors are missing or of another shape, "
             f"first {', '.join(wrong[:3])}; expected the encoder's own state dict"
         )
-    return {key: bare[key.removeprefix("model.")] for key in own}
+    return {key: bare[_bare(key)] for key in own}
+
+
+def _bare(key: str) -> str:
+    # timm's feature extractors flatten "stages.0." of the classifier to "stages_0."
+    return key.removeprefix("model.").replace("_", ".")

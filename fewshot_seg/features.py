@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ class FeatureStore:
         self._names: dict[str, str] = {}
         self._kept: OrderedDict[Path, None] = OrderedDict()
         if self._folder is not None and self._folder.is_dir():
-            files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-            self._kept.update((file, None) for file in files)
+            files = self._folder.glob("[!.]*.safetensors")  # those with a dot are being written by another run
+            self._kept.update((file, None) for file in sorted(files, key=_modified))
 
     def get(self, image_ids: Sequence[str]) -> tuple[Tensor, ...]:
         """One float32 (N, C, h, w) per level; computes what is missing. Equal from cache and freshly computed."""
@@ -112,10 +113,14 @@ class FeatureStore:
             return self._memory.get(name)
         try:
             stored = load_file(path)
-        except (OSError, SafetensorError):  # absent, or damaged: either way it is computed anew
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"damaged feature file {path} ({error}); computing it anew", stacklevel=3)
             return None
         levels = tuple(stored.get(f"level{i}", torch.empty(0)) for i in range(len(self._shapes)))
         if [tuple(level.shape) for level in levels] != self._shapes:
+            warnings.warn(f"feature file {path} holds other shapes; computing it anew", stacklevel=3)
             return None
         self._touch(path)
         return levels
@@ -156,6 +161,13 @@ class FeatureStore:
                 os.utime(path)
             except OSError:
                 self._kept.pop(path)
+
+
+def _modified(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:  # another run has just evicted it
+        return 0
 
 
 class MaskStore:

@@ -159,7 +159,15 @@ def prior_scores(prior: Tensor, target: Tensor) -> tuple[float, float]:
     Returns:
         (AUC, best IoU): the AUC is the Mann-Whitney statistic, ties counted half; the best IoU is exact over
         all thresholds "value >= t". NaN both where the target lacks foreground or background.
+
+    Raises:
+        ValueError: shapes differ, or the map holds NaN.
     """
+    if prior.shape != target.shape:
+        raise ValueError(f"prior {tuple(prior.shape)} and target {tuple(target.shape)} differ in shape")
+    prior, target = prior.detach().cpu(), target.cpu()
+    if prior.isnan().any():
+        raise ValueError("prior holds NaN; a map to be ranked must be finite")
     valid = target != IGNORE
     values = prior[valid].double()
     positive = target[valid] == 1

@@ -1,0 +1,167 @@
+"""Models and training states as safetensors files that describe themselves; no pickle.
+
+A model file holds the similarity network and the decoder. The backbone is frozen and is not stored: its name,
+strides and fingerprint are, and loading fails when the weights at hand are others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from episodes.types import DataError
+from fewshot_seg.backbones import build_backbone
+from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.runtime import atomic_path
+from fewshot_seg.segmenter import FewShotSegmenter
+from fewshot_seg.similarity import SimilarityNetwork
+
+_KEY = "fewshot_seg"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSegmenter:
+    """A model from a file.
+
+    Attributes:
+        segmenter: in evaluation mode.
+        resolution: side of the square that it was trained at.
+        notes: what the writer noted: data, protocol, fold, scores.
+    """
+
+    segmenter: FewShotSegmenter
+    resolution: int
+    notes: dict[str, Any]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Tensors and a JSON description in one file, written beside and renamed."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata={_KEY: json.dumps(description)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reverse of `write_tensors`. Raises DataError naming the file when missing, damaged or not ours."""
+    if not path.is_file():
+        raise DataError(f"no model file at {path}; train one with `fewshot-seg train`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is damaged or was not written by fewshot-seg ({error!r}); train it again") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise DataError(f"{path} has another file format than {_FORMAT}; use the version of fewshot-seg that wrote it")
+    return tensors, description
+
+
+def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
+    """Tensors of the similarity network and the decoder, by qualified name."""
+    return {
+        f"{part}.{name}": tensor
+        for part in ("similarity", "decoder")
+        for name, tensor in getattr(segmenter, part).state_dict().items()
+    }
+
+
+def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+    """Put `trained_tensors` back. Raises DataError naming the file when names or shapes differ."""
+    own = trained_tensors(segmenter)
+    wrong = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if wrong:
+        raise DataError(f"{where} does not fit this model: {len(wrong)} tensors differ, first {', '.join(wrong[:3])}")
+    for part in ("similarity", "decoder"):
+        prefix = f"{part}."
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        getattr(segmenter, part).load_state_dict(state)
+
+
+def save_segmenter(
+    path: Path,
+    segmenter: FewShotSegmenter,
+    *,
+    backbone_weights: str,
+    resolution: int,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model file.
+
+    Args:
+        path: target, usually ``model.safetensors``.
+        segmenter: the model.
+        backbone_weights: ``embedded``, ``random`` or a path: where loading finds the backbone's weights.
+        resolution: side of the square it was trained at.
+        notes: JSON-able facts for the reader.
+    """
+    decoder = segmenter.decoder
+    description = {
+        "format": _FORMAT,
+        "backbone": segmenter.backbone.name,
+        "strides": segmenter.backbone.strides,
+        "backbone_fingerprint": segmenter.backbone.fingerprint,
+        "backbone_weights": backbone_weights,
+        "similarity_rank": segmenter.similarity.rank,
+        "decoder": decoder.description(),
+        "prior": segmenter.prior,
+        "attention": segmenter.attention,
+        "threshold": segmenter.threshold,
+        "temperature": segmenter.temperature,
+        "resolution": resolution,
+        "notes": dict(notes or {}),
+    }
+    write_tensors(path, trained_tensors(segmenter), description)
+
+
+def load_segmenter(
+    path: Path, *, backbone_weights: str | None = None, device: torch.device | None = None
+) -> LoadedSegmenter:
+    """Read a model file.
+
+    Args:
+        path: file of `save_segmenter`.
+        backbone_weights: overrides where the backbone's weights are found.
+        device: where the model goes; CPU by default.
+
+    Raises:
+        DataError: missing, damaged or foreign file, or a backbone with other weights than in training.
+    """
+    tensors, description = read_tensors(path)
+    try:
+        backbone = build_backbone(
+            description["backbone"],
+            strides=description["strides"],
+            weights=backbone_weights or description["backbone_weights"],
+        )
+        if backbone.fingerprint != description["backbone_fingerprint"]:
+            raise DataError(
+                f"{path} was trained on other weights of {backbone.name}; name the right file with --backbone-weights"
+            )
+        decoder_kind = PriorReadout if "channel" in description["decoder"] else MaskDecoder
+        segmenter = FewShotSegmenter(
+            backbone=backbone,
+            similarity=SimilarityNetwork(backbone.channels, rank=description["similarity_rank"]),
+            decoder=decoder_kind(**description["decoder"]),
+            prior=description["prior"],
+            attention=description["attention"],
+            threshold=description["threshold"],
+            temperature=description["temperature"],
+        )
+        resolution, notes = int(description["resolution"]), dict(description["notes"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
+    load_trained_tensors(segmenter, tensors, where=path)
+    return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)

@@ -1,0 +1,137 @@
+"""From prior maps to mask logits: a small convolutional decoder, and the readout of one prior alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from episodes.types import DataError
+from fewshot_seg.attention import scale_map
+
+
+class PriorReadout(nn.Module):
+    """One prior map as the logits, nothing learned: the prior alone.
+
+    Args:
+        channel: which map.
+        scaled: rectify it and scale it to [0, 1] per image, as an attention map is shown.
+    """
+
+    def __init__(self, channel: int, *, scaled: bool = False) -> None:
+        super().__init__()
+        self.channel, self.scaled = channel, scaled
+
+    def description(self) -> dict[str, Any]:
+        """Arguments that build it again."""
+        return {"channel": self.channel, "scaled": self.scaled}
+
+    def forward(self, priors: Tensor, query_maps: Tensor, prototype: Tensor) -> Tensor:  # noqa: ARG002
+        """float (B, P, h, w) -> float (B, h, w); the other arguments are the `MaskDecoder`'s."""
+        chosen = priors[:, self.channel]
+        return scale_map(chosen.relu()) if self.scaled else chosen
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        self.normalisation = nn.GroupNorm(8, outputs)  # batch statistics would tie the episodes of a batch together
+
+    def forward(self, maps: Tensor) -> Tensor:
+        normalised: Tensor = self.normalisation(self.convolution(maps))
+        return F.relu(normalised)
+
+
+class MaskDecoder(nn.Module):
+    """Refines prior maps, and reduced features if asked to, into logits at twice the feature grid.
+
+    The first prior is added to the output with a learned gain: the network starts as that prior and learns a
+    correction. (With fifteen base classes it would otherwise learn the base classes.)
+
+    Args:
+        prior_channels: number of prior maps P; 0 for a decoder on features and prototype alone.
+        feature_channels: channels D of the query maps and of the support prototype.
+        appearance: channels that query features and prototype are each reduced to; 0 shows neither.
+        width: hidden channels, a multiple of 8.
+        blocks: residual 3 x 3 blocks.
+        dropout: probability of dropping a hidden map.
+        seed: seed of the initial values; the global random state is left alone.
+
+    Raises:
+        DataError: nothing to read, or a width that is no multiple of 8.
+    """
+
+    def __init__(
+        self,
+        *,
+        prior_channels: int,
+        feature_channels: int,
+        appearance: int = 0,
+        width: int = 32,
+        blocks: int = 2,
+        dropout: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if prior_channels + appearance < 1:
+            raise DataError("the decoder has nothing to read: give it a prior, or appearance channels")
+        if width < 8 or width % 8:
+            raise DataError(f"decoder width must be a multiple of 8, got {width}")
+        self.prior_channels, self.appearance = prior_channels, appearance
+        self._description = {
+            "prior_channels": prior_channels,
+            "feature_channels": feature_channels,
+            "appearance": appearance,
+            "width": width,
+            "blocks": blocks,
+            "dropout": dropout,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if appearance:
+                self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
+            self.entry = _Block(prior_channels + 2 * appearance, width, 1)
+            self.blocks = nn.ModuleList(_Block(width, width, 3) for _ in range(blocks))
+            self.dropout = nn.Dropout2d(dropout)
+            self.refine = _Block(width, width, 3)
+            self.exit = nn.Conv2d(width, 1, 1)
+        nn.init.zeros_(self.exit.weight)
+        nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]  # a convolution with bias
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def description(self) -> dict[str, Any]:
+        """Arguments that build it again, all but the seed."""
+        return dict(self._description)
+
+    def forward(self, priors: Tensor, query_maps: Tensor, prototype: Tensor) -> Tensor:
+        """Logits of the mask.
+
+        Args:
+            priors: float (B, P, h, w).
+            query_maps: float (B, D, h, w), frozen features of the query.
+            prototype: float (B, D), frozen features pooled over the supports' foreground.
+
+        Returns:
+            float (B, 2h, 2w).
+        """
+        inputs = [priors]
+        if self.appearance:
+            # Cells are of unit length; this gives the channels about unit variance.
+            scale = query_maps.shape[1] ** 0.5
+            seen = prototype[:, :, None, None].expand_as(query_maps)
+            inputs += [self.reduce(query_maps * scale), self.reduce(seen * scale)]
+        hidden = self.entry(torch.cat(inputs, dim=1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        hidden = _double(self.dropout(hidden))
+        logits: Tensor = self.exit(self.refine(hidden))[:, 0]
+        if self.prior_channels:
+            logits = logits + self.gain * _double(priors[:, :1])[:, 0]
+        return logits
+
+
+def _double(maps: Tensor) -> Tensor:
+    return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)

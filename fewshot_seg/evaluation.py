@@ -1,0 +1,184 @@
+"""Scores over episodes: the model's masks, the best threshold on base classes, and bare prior maps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from episodes.types import DataError, EpisodeSpec, MaskSource
+from fewshot_seg.attention import AttentionKind
+from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
+from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, intersection_union, prior_scores
+from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior
+from fewshot_seg.segmenter import FewShotSegmenter, Prediction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Pooled scores with intervals, and per episode its spec and IoU in percent, float64 (N,)."""
+
+    result: IoUResult
+    specs: tuple[EpisodeSpec, ...]
+    episode_iou: Float64Array
+    seconds: float
+
+
+@torch.no_grad()
+def predict_batch(segmenter: FewShotSegmenter, batch: FeatureBatch, size: tuple[int, int]) -> Prediction:
+    """Prediction for a batch of feature episodes, without gradients."""
+    batch = batch.to(next(segmenter.backbone.parameters()).device)
+    support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+    return segmenter.segment_levels(support, batch.query_levels, size)
+
+
+def evaluate(
+    segmenter: FewShotSegmenter,
+    episodes: FeatureEpisodes,
+    *,
+    scoring_size: int | None,
+    source: MaskSource,
+    batch_size: int = 10,
+    show_progress: bool = False,
+) -> Evaluation:
+    """mIoU and FB-IoU over all episodes.
+
+    Args:
+        segmenter: model, with its threshold.
+        episodes: what is scored.
+        scoring_size: side of the square at which masks are compared; None compares at the label's original size.
+        source: original masks, read only when scoring_size is None.
+        batch_size: episodes at a time; does not change the scores.
+        show_progress: bar with time left on stderr.
+    """
+    metric, specs, began = EpisodeIoU(), list[EpisodeSpec](), time.perf_counter()
+    for batch in _progress(episodes, batch_size, show_progress, "evaluating"):
+        side = scoring_size or batch.query_masks.shape[-1]
+        logits = predict_batch(segmenter, batch, (side, side)).logits.cpu()
+        if scoring_size is None:
+            for one, spec in zip(logits, batch.specs, strict=True):
+                target = torch.from_numpy(source.mask(spec.query_id, spec.class_id))[None]
+                resized = F.interpolate(one[None, None], target.shape[1:], mode="bilinear", align_corners=False)
+                metric.update(resized[0] > segmenter.threshold, target, [spec.class_id])
+        else:
+            metric.update(logits > segmenter.threshold, _targets(batch, side), batch.class_ids)
+        specs.extend(batch.specs)
+    return Evaluation(
+        result=metric.compute(),
+        specs=tuple(specs),
+        episode_iou=metric.episode_iou(),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def choose_threshold(
+    segmenter: FewShotSegmenter,
+    episodes: FeatureEpisodes,
+    *,
+    batch_size: int = 10,
+    candidates: int = 41,
+    show_progress: bool = False,
+) -> tuple[float, float]:
+    """The single threshold with the best mIoU on these episodes, which must not be of the test fold.
+
+    Candidates are spaced evenly between the 2nd and the 98th percentile of all logits.
+
+    Returns:
+        (threshold, its mIoU in percent).
+    """
+    if candidates < 2:
+        raise DataError(f"choosing a threshold needs at least 2 candidates, got {candidates}")
+    kept: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
+    for batch in _progress(episodes, batch_size, show_progress, "choosing threshold"):
+        # a quarter of the side is enough to place one threshold, and keeps all logits in memory
+        side = -(-batch.query_masks.shape[-1] // 4)
+        logits = predict_batch(segmenter, batch, (side, side)).logits.cpu()
+        kept.append((logits, _targets(batch, side), batch.class_ids))
+    values = torch.cat([logits.flatten() for logits, _, _ in kept]).numpy()
+    low, high = np.percentile(values, (2, 98))
+    scored = []
+    for threshold in np.linspace(low, high, candidates).tolist():
+        sums: dict[int, Float64Array] = {}
+        for logits, targets, class_ids in kept:
+            counts = intersection_union(logits > threshold, targets)[:, 1].numpy()
+            for class_id, count in zip(class_ids, counts, strict=True):
+                sums[class_id] = sums.get(class_id, np.zeros(2)) + count
+        scored.append((100 * float(np.mean([i / max(u, 1) for i, u in sums.values()])), threshold))
+    miou, threshold = max(scored)
+    return threshold, miou
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriorScore:
+    """Mean over episodes of AUC and of the IoU at each episode's best threshold, in [0, 1], with 95% intervals."""
+
+    auc: tuple[float, float, float]
+    best_iou: tuple[float, float, float]
+    episodes: int
+
+
+@torch.no_grad()
+def evaluate_priors(
+    segmenter: FewShotSegmenter,
+    episodes: FeatureEpisodes,
+    *,
+    kinds: Sequence[AttentionKind],
+    batch_size: int = 10,
+    show_progress: bool = False,
+) -> Mapping[str, PriorScore]:
+    """Every map of `PRIOR_CHANNELS`, every attention form and PFENet's prior, scored per episode.
+
+    A map is upsampled to a quarter of the mask's side and compared there. The segmenter's prior must be
+    ``similarity``; the quadruplet's second negative is the object of the neighbouring episode in the batch.
+    """
+    collected: dict[str, list[tuple[float, float]]] = {}
+    for batch in _progress(episodes, batch_size, show_progress, "scoring priors"):
+        side = -(-batch.query_masks.shape[-1] // 4)
+        targets = _targets(batch, side)
+        for name, maps in _all_maps(segmenter, batch, kinds).items():
+            resized = F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
+            scores = [prior_scores(one, target) for one, target in zip(resized, targets, strict=True)]
+            collected.setdefault(name, []).extend(scores)
+    return {name: _summary(np.asarray(scores)) for name, scores in collected.items()}
+
+
+def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[AttentionKind]) -> dict[str, Tensor]:
+    support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+    maps = segmenter.similarity(batch.query_levels)
+    priors = segmenter.prior_maps(support, batch.query_levels, maps)
+    named = {name: priors[:, channel] for channel, name in enumerate(PRIOR_CHANNELS) if name != "gradient attention"}
+    for kind in kinds:
+        named[f"gradient attention: {kind}"] = segmenter.attention_maps(
+            support, maps, kind, second_negative=support.foreground_embedding.roll(1, 0)
+        )
+    named["PFENet"] = pfenet_prior(batch.query_levels[-1], support.last_level, support.last_foreground)
+    return named
+
+
+def _summary(scores: Float64Array) -> PriorScore:
+    defined = scores[~np.isnan(scores).any(axis=1)]
+    bounds = []
+    for column in defined.T:
+        mean, error = float(column.mean()), 1.96 * float(column.std(ddof=1)) / len(column) ** 0.5
+        bounds.append((mean, mean - error, mean + error))
+    return PriorScore(auc=bounds[0], best_iou=bounds[1], episodes=len(defined))
+
+
+def _targets(batch: FeatureBatch, side: int) -> Tensor:
+    masks = batch.query_masks
+    if side == masks.shape[-1]:
+        return masks
+    return F.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
+
+
+def _progress(episodes: FeatureEpisodes, batch_size: int, show_progress: bool, title: str) -> Iterator[FeatureBatch]:
+    with tqdm(total=len(episodes), desc=title, unit="episode", disable=not show_progress) as bar:
+        for batch in episodes.batches(batch_size):
+            yield batch
+            bar.update(len(batch.specs))

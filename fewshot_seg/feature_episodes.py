@@ -1,0 +1,135 @@
+"""Episodes as frozen features: from the cache, or live through the backbone when photos are augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from episodes.loader import EpisodeDataset, episode_loader
+from episodes.types import EpisodeSpec
+from fewshot_seg.backbones import Backbone
+from fewshot_seg.features import FeatureStore, MaskStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureBatch:
+    """B episodes of K shots.
+
+    Attributes:
+        support_levels: float32 (B*K, C, h, w) per level, episode by episode.
+        support_masks: uint8 (B, K, S, S).
+        query_levels: float32 (B, C, h, w) per level.
+        query_masks: uint8 (B, S, S), 255 = ignore.
+        specs: the episodes.
+    """
+
+    support_levels: tuple[Tensor, ...]
+    support_masks: Tensor
+    query_levels: tuple[Tensor, ...]
+    query_masks: Tensor
+    specs: tuple[EpisodeSpec, ...]
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """Class id of every episode."""
+        return tuple(spec.class_id for spec in self.specs)
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        """The same batch on a device."""
+        return replace(
+            self,
+            support_levels=tuple(level.to(device) for level in self.support_levels),
+            support_masks=self.support_masks.to(device),
+            query_levels=tuple(level.to(device) for level in self.query_levels),
+            query_masks=self.query_masks.to(device),
+        )
+
+
+class FeatureEpisodes(Protocol):
+    """Episodes 0..len-1 in batches; batch borders never change an episode."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
+        """Episodes start, start + 1, ... in order; the last batch may be smaller."""
+        ...
+
+
+class CachedEpisodes:
+    """Episodes from stored features.
+
+    Args:
+        store: features of the images.
+        masks: their masks at the same square size.
+        specs: the episodes, usually an `EpisodeSampler`.
+        mirror: mirror supports and queries half of the time, by the episode's seed. Mirrored features stand in
+            for the features of the mirrored photo; the two differ slightly, which costs nothing as augmentation.
+    """
+
+    def __init__(
+        self, store: FeatureStore, masks: MaskStore, specs: Sequence[EpisodeSpec], *, mirror: bool = False
+    ) -> None:
+        self._store, self._masks, self._specs, self._mirror = store, masks, specs, mirror
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
+        """See `FeatureEpisodes.batches`."""
+        for first in range(start, len(self), batch_size):
+            yield self._batch(tuple(self._specs[n] for n in range(first, min(first + batch_size, len(self)))))
+
+    def _batch(self, specs: tuple[EpisodeSpec, ...]) -> FeatureBatch:
+        shots = specs[0].shots
+        support_ids = [image_id for spec in specs for image_id in spec.support_ids]
+        query_ids = [spec.query_id for spec in specs]
+        class_ids = [spec.class_id for spec in specs]
+        support_levels = self._store.get(support_ids)
+        query_levels = self._store.get(query_ids)
+        support_masks = self._masks.get(support_ids, np.repeat(class_ids, shots).tolist())
+        query_masks = self._masks.get(query_ids, class_ids)
+        if self._mirror:
+            draws = np.stack([np.random.default_rng([spec.seed, 2]).random(1 + shots) < 0.5 for spec in specs])
+            which = torch.from_numpy(draws)
+            query_levels, query_masks = _mirror(query_levels, query_masks, which[:, 0])
+            support_levels, support_masks = _mirror(support_levels, support_masks, which[:, 1:].flatten())
+        return FeatureBatch(
+            support_levels=support_levels,
+            support_masks=support_masks.reshape(len(specs), shots, *support_masks.shape[1:]),
+            query_levels=query_levels,
+            query_masks=query_masks,
+            specs=specs,
+        )
+
+
+def _mirror(levels: tuple[Tensor, ...], masks: Tensor, which: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    chosen = which[:, None, None, None]
+    mirrored = tuple(torch.where(chosen, level.flip(3), level) for level in levels)
+    return mirrored, torch.where(which[:, None, None], masks.flip(2), masks)
+
+
+class LiveEpisodes:
+    """Episodes through loader and backbone: slower, for augmentations that change the photo itself."""
+
+    def __init__(self, backbone: Backbone, dataset: EpisodeDataset, *, workers: int = 0) -> None:
+        self._backbone, self._dataset, self._workers = backbone, dataset, workers
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
+        """See `FeatureEpisodes.batches`."""
+        device = next(self._backbone.parameters()).device
+        for batch in episode_loader(self._dataset, batch_size=batch_size, workers=self._workers, start=start):
+            yield FeatureBatch(
+                support_levels=self._backbone(batch.support_images.flatten(0, 1).to(device)),
+                support_masks=batch.support_masks,
+                query_levels=self._backbone(batch.query_images.to(device)),
+                query_masks=batch.query_masks,
+                specs=batch.specs,
+            )

@@ -1,0 +1,139 @@
+"""From support embeddings to maps over the query: where is what the supports show?
+
+All maps are computed from cells: unit-length embeddings of the feature grid. The heart is `similarity_priors`
+(gradient attention, prototype similarities, nearest and soft-nearest cells); `pfenet_prior` is the usual rival.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewshot_seg.attention import scale_map, score_direction, similarity_attention
+
+PRIOR_CHANNELS = (
+    "soft margin",
+    "prototype margin",
+    "prototype similarity",
+    "gradient attention",
+    "nearest foreground",
+    "nearest background",
+)
+"""Names of the maps of `similarity_priors`, in order."""
+
+TEMPERATURE = 0.05
+"""Temperature of the soft-nearest margin, in cosine units; 0.02 and 0.1 measured 0.7 and 1.2 mIoU lower."""
+
+_COSINE_UNIT = 0.1
+"""Cosines vary by about this much inside a photo; maps in this unit suit a small decoder."""
+
+
+def soft_margin(
+    query_cells: Tensor, support_cells: Tensor, foreground: Tensor, background: Tensor, *, temperature: float
+) -> Tensor:
+    """How much nearer a query cell is to the supports' object than to their background.
+
+    log mean_fg exp(cos / t) - log mean_bg exp(cos / t): the log-ratio of two kernel densities over the support's
+    cells. For t -> infinity it tends to the difference of the mean cosines (prototype margin), for t -> 0 to
+    the difference of the nearest cells (PFENet's maximum, for both sides). Object and background weigh the same
+    whatever their areas.
+
+    Args:
+        query_cells: unit-length float (B, M, D).
+        support_cells: unit-length float (B, N, D), all shots together.
+        foreground, background: float (B, N), weights of the support cells.
+        temperature: t > 0 in cosine units.
+
+    Returns:
+        float (B, M) within [-2/t, 2/t]. A side that no support shows counts as opposite (cosine -1).
+    """
+    cosine = torch.einsum("bmd,bnd->bmn", query_cells, support_cells)
+    return _log_density_ratio(cosine, foreground, background, temperature)
+
+
+def _log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, temperature: float) -> Tensor:
+    kernel = ((cosine - 1) / temperature).exp()
+    least = torch.exp(torch.tensor(-2 / temperature, dtype=cosine.dtype)).item()  # the kernel at cosine -1
+    densities = []
+    for weights in (foreground, background):
+        share = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        densities.append(torch.einsum("bmn,bn->bm", kernel, share).clamp_min(max(least, 1e-30)).log())
+    return densities[0] - densities[1]
+
+
+def nearest_similarity(cosine: Tensor, weights: Tensor) -> Tensor:
+    """Largest cosine to a support cell that lies mostly inside the region; -1 where there is no such cell.
+
+    float (B, M, N), float (B, N) -> float (B, M).
+    """
+    outside = torch.where(weights < 0.5, -2.0, 0.0).to(cosine.dtype)[:, None]
+    return (cosine + outside).amax(dim=2).clamp_min(-1)
+
+
+def similarity_priors(
+    query_maps: Tensor,
+    support_cells: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    foreground_embedding: Tensor,
+    background_embedding: Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """The maps named in `PRIOR_CHANNELS`, in comparable units (log-ratio, or a tenth of a cosine).
+
+    Args:
+        query_maps: unit-length cells float (B, D, h, w).
+        support_cells: unit-length float (B, N, D), all shots together.
+        foreground, background: float (B, N).
+        foreground_embedding, background_embedding: unit-length float (B, D), pooled over the supports.
+        temperature: see `soft_margin`.
+
+    Returns:
+        float (B, 6, h, w). The gradient attention is that of the margin, with its sign.
+    """
+    batch, _, height, width = query_maps.shape
+    query_cells = query_maps.flatten(2).transpose(1, 2)
+    cosine = torch.einsum("bmd,bnd->bmn", query_cells, support_cells)
+    to_foreground = torch.einsum("bmd,bd->bm", query_cells, foreground_embedding)
+    to_background = torch.einsum("bmd,bd->bm", query_cells, background_embedding)
+    query_embedding = F.normalize(query_maps.mean(dim=(2, 3)), dim=1)
+    direction = score_direction("margin", query_embedding, foreground_embedding, [background_embedding])
+    attention = similarity_attention(query_maps, direction, rectify=False)
+    # Undo the constant factor 1 / (|GAP| h w) of the gradient: what remains is a difference of cosines.
+    attention = attention * query_maps.mean(dim=(2, 3)).norm(dim=1)[:, None, None] * height * width
+    maps = [
+        _log_density_ratio(cosine, foreground, background, temperature),
+        (to_foreground - to_background) / _COSINE_UNIT,
+        to_foreground / _COSINE_UNIT,
+        attention.flatten(1) / _COSINE_UNIT,
+        nearest_similarity(cosine, foreground) / _COSINE_UNIT,
+        nearest_similarity(cosine, background) / _COSINE_UNIT,
+    ]
+    return torch.stack(maps, dim=1).reshape(batch, len(maps), height, width)
+
+
+def pfenet_prior(query_level: Tensor, support_level: Tensor, foreground: Tensor) -> Tensor:
+    """PFENet's training-free prior (Tian et al., arXiv 2008.01449, eq. 3-6).
+
+    Cosine of every query cell with every foreground cell of the support in the last level, maximum over support
+    cells, min-max scaled per image, mean over shots.
+
+    Args:
+        query_level: float (B, C, h, w), the deepest level.
+        support_level: float (B, K, C, h, w).
+        foreground: float (B, K, h, w), fraction of the cell that is foreground.
+
+    Returns:
+        float (B, h, w) in [0, 1].
+    """
+    query = F.normalize(query_level, dim=1).flatten(2)
+    per_shot = []
+    for shot in range(support_level.shape[1]):
+        # PFENet multiplies the support's features by its mask before the cosine.
+        masked = support_level[:, shot] * foreground[:, shot, None]
+        support = F.normalize(masked, dim=1).flatten(2)
+        best = torch.einsum("bcm,bcn->bmn", query, support).amax(dim=2)
+        per_shot.append(scale_map(best.reshape(query_level.shape[0], *query_level.shape[-2:])))
+    return torch.stack(per_shot).mean(dim=0)

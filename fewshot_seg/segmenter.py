@@ -1,0 +1,287 @@
+"""The assembled model: support encoding -> prior -> decoder -> mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from episodes.types import DataError
+from fewshot_seg.attention import (
+    ATTENTION_KINDS,
+    AttentionKind,
+    scale_map,
+    score_direction,
+    similarity_attention,
+)
+from fewshot_seg.backbones import Backbone
+from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.priors import PRIOR_CHANNELS, TEMPERATURE, pfenet_prior, similarity_priors
+from fewshot_seg.similarity import SimilarityNetwork, cell_weights, join_levels
+
+PriorKind = Literal["similarity", "pfenet", "none"]
+PRIOR_KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportEncoding:
+    """What the model keeps of B episodes' supports; made once, used for any number of queries.
+
+    Attributes:
+        cells: unit-length float (B, K*h*w, D), embedded by the similarity network.
+        foreground, background: float (B, K*h*w), fraction of each cell.
+        foreground_embedding, background_embedding: unit-length float (B, D).
+        prototype: float (B, D), frozen features pooled over the foreground.
+        last_level: float (B, K, C, h', w'), deepest frozen level (for PFENet's prior).
+        last_foreground: float (B, K, h', w').
+    """
+
+    cells: Tensor
+    foreground: Tensor
+    background: Tensor
+    foreground_embedding: Tensor
+    background_embedding: Tensor
+    prototype: Tensor
+    last_level: Tensor
+    last_foreground: Tensor
+
+    def expand(self, queries: int) -> SupportEncoding:
+        """One support shared by a batch of queries (no copy). Raises ValueError if B is neither 1 nor `queries`."""
+        batch = len(self.cells)
+        if batch == queries:
+            return self
+        if batch != 1:
+            raise ValueError(f"{batch} encoded supports for {queries} queries; expected 1 or {queries}")
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).expand(queries, *[-1] * (getattr(self, name).dim() - 1))
+                for name in self.__slots__
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Result for B queries.
+
+    Attributes:
+        logits: float (B, H, W); the mask is logits > threshold.
+        priors: float (B, P, h, w) as the decoder read them (P may be 0).
+        attention: float (B, H, W) in [0, 1], gradient attention of the similarity.
+        threshold: where the mask is cut.
+    """
+
+    logits: Tensor
+    priors: Tensor
+    attention: Tensor
+    threshold: float
+
+    @property
+    def masks(self) -> Tensor:
+        """bool (B, H, W)."""
+        return self.logits > self.threshold
+
+
+class FewShotSegmenter(nn.Module):
+    """Finds in a query what one or more supports show.
+
+    Args:
+        backbone: frozen feature extractor.
+        similarity: embeds its levels; trained or as it is.
+        decoder: `MaskDecoder`, or `PriorReadout` for a prior alone.
+        prior: ``similarity`` (ours), ``pfenet`` (the rival, from frozen last-level features) or ``none``.
+        attention: form of the score whose gradient is shown, see `fewshot_seg.attention`.
+        threshold: logit above which a pixel is foreground, chosen on base classes.
+        temperature: of the soft margin.
+
+    Raises:
+        DataError: the decoder does not fit the prior, or an unknown kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        similarity: SimilarityNetwork,
+        decoder: MaskDecoder | PriorReadout,
+        prior: PriorKind = "similarity",
+        attention: AttentionKind = "margin",
+        threshold: float = 0.0,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        super().__init__()
+        if prior not in PRIOR_KINDS:
+            raise DataError(f"unknown prior {prior!r}; known: {', '.join(PRIOR_KINDS)}")
+        if attention not in ATTENTION_KINDS or attention == "quadruplet":
+            raise DataError(
+                f"attention {attention!r} cannot be shown for one episode; choose siamese, triplet, cosine or margin"
+            )
+        channels = prior_channels(prior)
+        if isinstance(decoder, MaskDecoder) and decoder.prior_channels != channels:
+            raise DataError(f"prior {prior!r} has {channels} maps, the decoder reads {decoder.prior_channels}")
+        if tuple(similarity.channels) != backbone.channels:
+            raise DataError(f"similarity network reads {similarity.channels}, backbone gives {backbone.channels}")
+        self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
+        self.prior, self.attention = prior, attention
+        self.threshold, self.temperature = threshold, temperature
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that training may change: similarity network and decoder, never the backbone."""
+        modules: list[nn.Module] = [self.decoder] if self.prior == "pfenet" else [self.similarity, self.decoder]
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def encode_support(self, images: Tensor, masks: Tensor) -> SupportEncoding:
+        """Encode B episodes of K supports.
+
+        Args:
+            images: float32 (B, K, 3, H, W), RGB in [0, 1].
+            masks: uint8 (B, K, H, W), 255 = ignore.
+
+        Raises:
+            DataError: shapes that do not fit, or an episode without any foreground.
+        """
+        if images.dim() != 5 or masks.shape != (*images.shape[:2], *images.shape[3:]):
+            raise DataError(
+                f"expected support images (B, K, 3, H, W) and masks (B, K, H, W), got {tuple(images.shape)} and "
+                f"{tuple(masks.shape)}"
+            )
+        return self.encode_support_levels(self.backbone(images.flatten(0, 1)), masks)
+
+    def encode_support_levels(self, levels: Sequence[Tensor], masks: Tensor) -> SupportEncoding:
+        """As `encode_support`, from frozen features float (B*K, C, h, w) per level."""
+        batch, shots = masks.shape[:2]
+        if not bool((masks == 1).flatten(1).any(dim=1).all()):
+            raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
+        maps = self.similarity(levels)
+        foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
+        last_foreground, _ = cell_weights(masks.flatten(0, 1), (levels[-1].shape[2], levels[-1].shape[3]))
+        cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
+        frozen = join_levels(levels).flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
+        foreground, background = foreground.reshape(batch, -1), background.reshape(batch, -1)
+        return SupportEncoding(
+            cells=cells,
+            foreground=foreground,
+            background=background,
+            foreground_embedding=_pool(cells, foreground),
+            background_embedding=_pool(cells, background),
+            prototype=_pool(frozen, foreground),
+            last_level=levels[-1].reshape(batch, shots, *levels[-1].shape[1:]),
+            last_foreground=last_foreground.reshape(batch, shots, *last_foreground.shape[1:]),
+        )
+
+    def segment(self, support: SupportEncoding, images: Tensor) -> Prediction:
+        """Segment B queries, float32 (B, 3, H, W), with B supports or with one for all."""
+        return self.segment_levels(support, self.backbone(images), (images.shape[2], images.shape[3]))
+
+    def segment_levels(self, support: SupportEncoding, levels: Sequence[Tensor], size: tuple[int, int]) -> Prediction:
+        """As `segment`, from frozen features; `size` is (H, W) of the logits."""
+        support = support.expand(len(levels[0]))
+        maps = self.similarity(levels)
+        priors = self.prior_maps(support, levels, maps)
+        logits = self.decoder(priors, join_levels(levels), support.prototype)
+        logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        with torch.no_grad():
+            attention = scale_map(self.attention_maps(support, maps), size)
+        return Prediction(logits=logits, priors=priors, attention=attention, threshold=self.threshold)
+
+    def prior_maps(self, support: SupportEncoding, levels: Sequence[Tensor], maps: Tensor) -> Tensor:
+        """float (B, P, h, w): what the decoder reads. maps: the similarity network's output for `levels`."""
+        if self.prior == "none":
+            return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
+        if self.prior == "pfenet":
+            prior = pfenet_prior(levels[-1], support.last_level, support.last_foreground)
+            return F.interpolate(prior[:, None], maps.shape[-2:], mode="bilinear", align_corners=False)
+        return similarity_priors(
+            maps,
+            support.cells,
+            support.foreground,
+            support.background,
+            support.foreground_embedding,
+            support.background_embedding,
+            temperature=self.temperature,
+        )
+
+    def attention_maps(
+        self,
+        support: SupportEncoding,
+        maps: Tensor,
+        kind: AttentionKind | None = None,
+        *,
+        second_negative: Tensor | None = None,
+        rectify: bool = True,
+    ) -> Tensor:
+        """Gradient attention of the query's maps.
+
+        Args:
+            support: B encoded supports; the first negative is their background.
+            maps: float (B, D, h, w), the similarity network's output for the queries.
+            kind: form of the score; the model's own by default.
+            second_negative: unit-length float (B, D), needed by ``quadruplet``: another class or image.
+            rectify: False keeps the sign.
+
+        Returns:
+            float (B, h, w), unscaled.
+        """
+        negatives = [support.background_embedding, *([] if second_negative is None else [second_negative])]
+        embedding = self.similarity.embed(maps)
+        direction = score_direction(kind or self.attention, embedding, support.foreground_embedding, negatives)
+        return similarity_attention(maps, direction, rectify=rectify)
+
+
+def prior_channels(prior: PriorKind) -> int:
+    """Number of maps of a prior."""
+    return {"similarity": len(PRIOR_CHANNELS), "pfenet": 1, "none": 0}[prior]
+
+
+def _pool(cells: Tensor, weights: Tensor) -> Tensor:
+    return F.normalize(torch.einsum("bnd,bn->bd", cells, weights), dim=1)
+
+
+def build_segmenter(
+    backbone: Backbone,
+    *,
+    prior: PriorKind = "similarity",
+    appearance: int = 0,
+    similarity_rank: int = 16,
+    decoder_width: int = 32,
+    decoder_blocks: int = 2,
+    dropout: float = 0.1,
+    attention: AttentionKind = "margin",
+    seed: int = 0,
+) -> FewShotSegmenter:
+    """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`."""
+    return FewShotSegmenter(
+        backbone=backbone,
+        similarity=SimilarityNetwork(backbone.channels, rank=similarity_rank, seed=seed),
+        decoder=MaskDecoder(
+            prior_channels=prior_channels(prior),
+            feature_channels=sum(backbone.channels),
+            appearance=appearance,
+            width=decoder_width,
+            blocks=decoder_blocks,
+            dropout=dropout,
+            seed=seed,
+        ),
+        prior=prior,
+        attention=attention,
+    )
+
+
+def training_free(
+    backbone: Backbone, *, channel: str = PRIOR_CHANNELS[0], threshold: float = 0.0, **arguments: Any
+) -> FewShotSegmenter:
+    """Nothing trained: one prior map, named as in `PRIOR_CHANNELS`, cut at a threshold."""
+    if channel not in PRIOR_CHANNELS:
+        raise DataError(f"unknown prior map {channel!r}; known: {', '.join(PRIOR_CHANNELS)}")
+    return FewShotSegmenter(
+        backbone=backbone,
+        similarity=SimilarityNetwork(backbone.channels, rank=0),
+        decoder=PriorReadout(PRIOR_CHANNELS.index(channel)),
+        threshold=threshold,
+        **arguments,
+    )

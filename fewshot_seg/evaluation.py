@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from episodes.types import DataError, EpisodeSpec, MaskSource
 from fewshot_seg.attention import AttentionKind
+from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, intersection_union, prior_scores
 from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior
-from fewshot_seg.segmenter import FewShotSegmenter, Prediction
+from fewshot_seg.segmenter import FewShotSegmenter
+from fewshot_seg.similarity import join_levels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +32,25 @@ class Evaluation:
     seconds: float
 
 
+Decoder = MaskDecoder | PriorReadout
+
+
 @torch.no_grad()
-def predict_batch(segmenter: FewShotSegmenter, batch: FeatureBatch, size: tuple[int, int]) -> Prediction:
-    """Prediction for a batch of feature episodes, without gradients."""
+def head_logits(
+    segmenter: FewShotSegmenter, decoders: Mapping[str, Decoder], batch: FeatureBatch, size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Logits float (B, H, W) of several decoders that read one segmenter's priors, computed once."""
     batch = batch.to(next(segmenter.backbone.parameters()).device)
     support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
-    return segmenter.segment_levels(support, batch.query_levels, size)
+    maps = segmenter.similarity(batch.query_levels)
+    priors = segmenter.prior_maps(support, batch.query_levels, maps)
+    features = join_levels(batch.query_levels)
+    return {
+        name: F.interpolate(
+            decoder(priors, features, support.prototype)[:, None], size, mode="bilinear", align_corners=False
+        )[:, 0].cpu()
+        for name, decoder in decoders.items()
+    }
 
 
 def evaluate(
@@ -57,24 +72,54 @@ def evaluate(
         batch_size: episodes at a time; does not change the scores.
         show_progress: bar with time left on stderr.
     """
-    metric, specs, began = EpisodeIoU(), list[EpisodeSpec](), time.perf_counter()
+    return evaluate_heads(
+        segmenter,
+        {"decoder": (segmenter.decoder, segmenter.threshold)},
+        episodes,
+        scoring_size=scoring_size,
+        source=source,
+        batch_size=batch_size,
+        show_progress=show_progress,
+    )["decoder"]
+
+
+def evaluate_heads(
+    segmenter: FewShotSegmenter,
+    heads: Mapping[str, tuple[Decoder, float]],
+    episodes: FeatureEpisodes,
+    *,
+    scoring_size: int | None,
+    source: MaskSource,
+    batch_size: int = 10,
+    show_progress: bool = False,
+) -> dict[str, Evaluation]:
+    """As `evaluate`, for several (decoder, threshold) that read the same priors, in one pass over the episodes."""
+    metrics = {name: EpisodeIoU() for name in heads}
+    specs, began = list[EpisodeSpec](), time.perf_counter()
+    decoders = {name: decoder for name, (decoder, _) in heads.items()}
     for batch in _progress(episodes, batch_size, show_progress, "evaluating"):
         side = scoring_size or batch.query_masks.shape[-1]
-        logits = predict_batch(segmenter, batch, (side, side)).logits.cpu()
-        if scoring_size is None:
-            for one, spec in zip(logits, batch.specs, strict=True):
-                target = torch.from_numpy(source.mask(spec.query_id, spec.class_id))[None]
-                resized = F.interpolate(one[None, None], target.shape[1:], mode="bilinear", align_corners=False)
-                metric.update(resized[0] > segmenter.threshold, target, [spec.class_id])
-        else:
-            metric.update(logits > segmenter.threshold, _targets(batch, side), batch.class_ids)
+        for name, logits in head_logits(segmenter, decoders, batch, (side, side)).items():
+            _score(metrics[name], logits, heads[name][1], batch, source if scoring_size is None else None)
         specs.extend(batch.specs)
-    return Evaluation(
-        result=metric.compute(),
-        specs=tuple(specs),
-        episode_iou=metric.episode_iou(),
-        seconds=time.perf_counter() - began,
-    )
+    seconds = time.perf_counter() - began
+    return {
+        name: Evaluation(result=metric.compute(), specs=tuple(specs), episode_iou=metric.episode_iou(), seconds=seconds)
+        for name, metric in metrics.items()
+    }
+
+
+def _score(
+    metric: EpisodeIoU, logits: Tensor, threshold: float, batch: FeatureBatch, originals: MaskSource | None
+) -> None:
+    """Add a batch; with `originals`, each query at its label's own size."""
+    if originals is None:
+        metric.update(logits > threshold, _targets(batch, logits.shape[-1]), batch.class_ids)
+        return
+    for one, spec in zip(logits, batch.specs, strict=True):
+        target = torch.from_numpy(originals.mask(spec.query_id, spec.class_id))[None]
+        resized = F.interpolate(one[None, None], target.shape[1:], mode="bilinear", align_corners=False)
+        metric.update(resized[0] > threshold, target, [spec.class_id])
 
 
 def choose_threshold(
@@ -92,23 +137,50 @@ def choose_threshold(
     Returns:
         (threshold, its mIoU in percent).
     """
+    return choose_thresholds(
+        segmenter,
+        {"decoder": segmenter.decoder},
+        episodes,
+        batch_size=batch_size,
+        candidates=candidates,
+        show_progress=show_progress,
+    )["decoder"]
+
+
+def choose_thresholds(
+    segmenter: FewShotSegmenter,
+    decoders: Mapping[str, Decoder],
+    episodes: FeatureEpisodes,
+    *,
+    batch_size: int = 10,
+    candidates: int = 41,
+    show_progress: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """As `choose_threshold`, for several decoders that read the same priors."""
     if candidates < 2:
         raise DataError(f"choosing a threshold needs at least 2 candidates, got {candidates}")
-    kept: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
+    kept: dict[str, list[Tensor]] = {name: [] for name in decoders}
+    targets, class_ids = list[Tensor](), list[int]()
     for batch in _progress(episodes, batch_size, show_progress, "choosing threshold"):
         # a quarter of the side is enough to place one threshold, and keeps all logits in memory
         side = -(-batch.query_masks.shape[-1] // 4)
-        logits = predict_batch(segmenter, batch, (side, side)).logits.cpu()
-        kept.append((logits, _targets(batch, side), batch.class_ids))
-    values = torch.cat([logits.flatten() for logits, _, _ in kept]).numpy()
-    low, high = np.percentile(values, (2, 98))
+        for name, logits in head_logits(segmenter, decoders, batch, (side, side)).items():
+            kept[name].append(logits)
+        targets.append(_targets(batch, side))
+        class_ids.extend(batch.class_ids)
+    target = torch.cat(targets)
+    return {name: _best_threshold(torch.cat(logits), target, class_ids, candidates) for name, logits in kept.items()}
+
+
+def _best_threshold(logits: Tensor, targets: Tensor, class_ids: Sequence[int], candidates: int) -> tuple[float, float]:
+    low, high = np.percentile(logits.numpy(), (2, 98))
     scored = []
     for threshold in np.linspace(low, high, candidates).tolist():
         sums: dict[int, Float64Array] = {}
-        for logits, targets, class_ids in kept:
-            counts = intersection_union(logits > threshold, targets)[:, 1].numpy()
-            for class_id, count in zip(class_ids, counts, strict=True):
-                sums[class_id] = sums.get(class_id, np.zeros(2)) + count
+        for class_id, count in zip(
+            class_ids, intersection_union(logits > threshold, targets)[:, 1].numpy(), strict=True
+        ):
+            sums[class_id] = sums.get(class_id, np.zeros(2)) + count
         scored.append((100 * float(np.mean([i / max(u, 1) for i, u in sums.values()])), threshold))
     miou, threshold = max(scored)
     return threshold, miou

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,16 +10,19 @@ from episodes.types import IGNORE
 
 
 def segmentation_loss(logits: Tensor, targets: Tensor, *, dice_weight: float = 1.0) -> Tensor:
-    """Binary cross-entropy plus soft Dice (Milletari et al., V-Net, arXiv 1606.04797), each per episode, averaged.
+    """Binary cross-entropy plus soft Dice, each per episode, averaged.
+
+    Dice as in V-Net (Milletari et al., arXiv 1606.04797), with plain sums where V-Net sums squares, smoothed by 1.
 
     Args:
-        logits: float (B, H, W).
+        logits: float (B, H, W); half precision is summed in float32.
         targets: uint8 (B, H, W), 1 = foreground, 0 = background, 255 = ignore.
         dice_weight: weight of the Dice term; 0 leaves cross-entropy alone.
 
     Returns:
         Scalar. An episode without valid pixels adds nothing.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 256 x 256 pixels overflow float16
     valid = (targets != IGNORE).to(logits.dtype)
     foreground = (targets == 1).to(logits.dtype)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, foreground, reduction="none")

@@ -51,7 +51,10 @@ def intersection_union(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IoUResult:
-    """Scores in percent (0-100). `per_class` maps class id to IoU; low/high are 95% bootstrap bounds over episodes."""
+    """Scores in percent (0-100). `per_class` maps class id to IoU; low/high are 95% bootstrap bounds over episodes.
+
+    An empty union (nothing to find and nothing found) counts as a perfect answer.
+    """
 
     miou: float
     miou_low: float
@@ -64,7 +67,7 @@ class IoUResult:
 
 
 class EpisodeIoU:
-    """Accumulates episodes; order and batching do not matter.
+    """Accumulates episodes; order and batching do not matter, to the intervals neither.
 
     Example:
         >>> metric = EpisodeIoU()
@@ -98,10 +101,14 @@ class EpisodeIoU:
     def episode_iou(self) -> Float64Array:
         """Foreground IoU of every episode in percent (for galleries, not for mIoU). float64 (N,)."""
         foreground = self.counts[:, 1].astype(np.float64)
-        return 100 * foreground[:, 0] / np.maximum(foreground[:, 1], 1)
+        return 100 * _ratio(foreground[:, 0], foreground[:, 1])
 
     def compute(self, *, resamples: int = 1000, seed: int = 0) -> IoUResult:
-        """Scores and their 95% bootstrap intervals over episodes.
+        """Scores and their 95% intervals: percentiles of a bootstrap over episodes.
+
+        Args:
+            resamples: number of resamples, each of as many episodes as were added.
+            seed: seed of the resampling.
 
         Raises:
             ValueError: no episode was added.
@@ -109,6 +116,8 @@ class EpisodeIoU:
         if not self._counts:
             raise ValueError("EpisodeIoU.compute needs at least one episode; call update first")
         counts, class_ids = self.counts.astype(np.float64), np.asarray(self._class_ids)
+        canonical = np.lexsort((*counts.reshape(-1, 4).T, class_ids))  # or resamples would depend on the order
+        counts, class_ids = counts[canonical], class_ids[canonical]
         classes, of_class = np.unique(class_ids, return_inverse=True)
         once = np.ones((1, len(counts)))
         miou, fb_iou, per_class = _pooled_scores(counts, of_class, len(classes), once)
@@ -130,6 +139,10 @@ class EpisodeIoU:
         )
 
 
+def _ratio(intersection: Float64Array, union: Float64Array) -> Float64Array:
+    return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)  # an empty union is a perfect answer
+
+
 def _pooled_scores(
     counts: Float64Array, of_class: npt.NDArray[np.intp], classes: int, repeats: Float64Array
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
@@ -141,12 +154,10 @@ def _pooled_scores(
     intersection = repeats @ (membership * counts[:, 1, :1])
     union = repeats @ (membership * counts[:, 1, 1:])
     present = repeats @ membership > 0
-    # An empty union (nothing to find and nothing found) is a perfect answer.
-    per_class = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+    per_class = _ratio(intersection, union)
     miou = (per_class * present).sum(1) / present.sum(1)
     pooled = np.einsum("rn,nij->rij", repeats, counts)
-    both = np.where(pooled[..., 1] > 0, pooled[..., 0] / np.maximum(pooled[..., 1], 1), 1.0)
-    return 100 * miou, 100 * both.mean(1), 100 * per_class
+    return 100 * miou, 100 * _ratio(pooled[..., 0], pooled[..., 1]).mean(1), 100 * per_class
 
 
 def prior_scores(prior: Tensor, target: Tensor) -> tuple[float, float]:

@@ -6,6 +6,8 @@ All maps are computed from cells: unit-length embeddings of the feature grid. Th
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,13 +55,12 @@ def soft_margin(
 
 
 def _log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, temperature: float) -> Tensor:
-    kernel = ((cosine - 1) / temperature).exp()
-    least = torch.exp(torch.tensor(-2 / temperature, dtype=cosine.dtype)).item()  # the kernel at cosine -1
-    densities = []
-    for weights in (foreground, background):
-        share = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
-        densities.append(torch.einsum("bmn,bn->bm", kernel, share).clamp_min(max(least, 1e-30)).log())
-    return densities[0] - densities[1]
+    kernel = cosine.sub(1).div_(temperature).exp_()  # in place on the difference: the largest tensor here
+    least = max(math.exp(-2 / temperature), 1e-30)  # the kernel at cosine -1
+    weights = torch.stack([foreground, background], dim=2)
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
+    densities = torch.bmm(kernel, shares).clamp_min(least).log()
+    return densities[:, :, 0] - densities[:, :, 1]
 
 
 def nearest_similarity(cosine: Tensor, weights: Tensor) -> Tensor:
@@ -67,8 +68,7 @@ def nearest_similarity(cosine: Tensor, weights: Tensor) -> Tensor:
 
     float (B, M, N), float (B, N) -> float (B, M).
     """
-    outside = torch.where(weights < 0.5, -2.0, 0.0).to(cosine.dtype)[:, None]
-    return (cosine + outside).amax(dim=2).clamp_min(-1)
+    return cosine.masked_fill((weights < 0.5)[:, None], -1.0).amax(dim=2)
 
 
 def similarity_priors(

@@ -21,13 +21,17 @@ _RECORDED = ("fewshot-seg", "torch", "torchvision", "timm", "segmentation-models
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes a GPU if one is there. Raises DataError for a device that torch does not know or have."""
+    """``auto`` takes a GPU if one is there.
+
+    Raises:
+        DataError: a device that torch does not know or have, or that holds no data (``meta``).
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # built without CUDA; a backend's missing plug-in
         raise DataError(f"device {name!r} is not available here; use 'auto' or 'cpu'") from error
     return device
 

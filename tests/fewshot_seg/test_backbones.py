@@ -18,15 +18,17 @@ from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone, map_lite_weights
 
 
+@pytest.fixture(scope="class")
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    """The encoder that the contract's subclass names."""
+    return build_backbone(request.cls.name, strides=request.cls.strides, weights="random", seed=3)
+
+
 class BackboneContract:
     """What every backbone keeps; subclasses name an encoder."""
 
     name: str
     strides: tuple[int, ...] = (8, 16, 32)
-
-    @pytest.fixture(scope="class")
-    def backbone(self) -> Backbone:
-        return build_backbone(self.name, strides=self.strides, weights="random", seed=3)
 
     @pytest.mark.parametrize("size", [(64, 96), (100, 75), (33, 65)])
     def test_maps_have_the_declared_shapes(self, backbone: Backbone, size: tuple[int, int]) -> None:
@@ -187,7 +189,6 @@ class TestEmbeddedWeights:
         ("photo", "classes"),
         [
             ("2007_000068", {*range(7, 25), *range(80, 101), *range(127, 147)}),  # birds
-            ("2007_000032", {404, 895, 405, 908}),  # airliner, warplane, airship, wing
             ("2007_000528", set(range(281, 286))),  # domestic cats
         ],
     )

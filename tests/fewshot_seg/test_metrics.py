@@ -1,0 +1,202 @@
+"""Scores against hand-worked values, plain loops, torchmetrics and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import jaccard_score, roc_auc_score
+from torch import Tensor
+from torchmetrics.classification import BinaryJaccardIndex
+
+from fewshot_seg.metrics import EpisodeIoU, intersection_union, prior_scores
+
+
+def episodes(count: int, *, seed: int, side: int = 7) -> tuple[Tensor, Tensor, list[int]]:
+    """Random predictions, targets with ignored pixels, class ids of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    predictions = torch.rand(count, side, side, generator=generator) < 0.4
+    values = torch.tensor([0, 0, 1, 1, 255], dtype=torch.uint8)
+    targets = values[torch.randint(0, 5, (count, side, side), generator=generator)]
+    return predictions, targets, [3 + i % 3 for i in range(count)]
+
+
+def score(predictions: Tensor, targets: Tensor, class_ids: list[int]) -> EpisodeIoU:
+    metric = EpisodeIoU()
+    metric.update(predictions, targets, class_ids)
+    return metric
+
+
+class TestIntersectionUnion:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_plain_loop(self, seed: int) -> None:
+        predictions, targets, _ = episodes(4, seed=seed)
+        expected = np.zeros((4, 2, 2), np.int64)
+        for b in range(4):
+            for y in range(7):
+                for x in range(7):
+                    truth, guess = int(targets[b, y, x]), int(predictions[b, y, x])
+                    if truth == 255:
+                        continue
+                    for side in (0, 1):
+                        expected[b, side, 0] += truth == side and guess == side
+                        expected[b, side, 1] += truth == side or guess == side
+        counts = intersection_union(predictions, targets)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == expected.tolist()
+        assert intersection_union(predictions.to(torch.uint8), targets).tolist() == expected.tolist()
+
+    @settings(deadline=None, max_examples=30)
+    @given(st.integers(0, 2**16))
+    def test_ignored_pixels_never_count(self, seed: int) -> None:
+        predictions, targets, _ = episodes(3, seed=seed)
+        elsewhere = torch.where(targets == 255, ~predictions, predictions)
+        assert torch.equal(intersection_union(predictions, targets), intersection_union(elsewhere, targets))
+
+    def test_shapes_must_agree(self) -> None:
+        with pytest.raises(ValueError, match=r"\(1, 2, 2\) and targets \(1, 2, 3\) differ"):
+            intersection_union(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3))
+
+
+class TestEpisodeIoU:
+    def test_pools_before_it_divides(self) -> None:
+        """A big episode at 5/6 and a small one at 0: pooled 5/7, mean of per-image IoU 5/12."""
+        targets = torch.zeros(2, 1, 8, dtype=torch.uint8)
+        targets[0, 0, :6], targets[1, 0, 0] = 1, 1
+        predictions = torch.zeros(2, 1, 8)
+        predictions[0, 0, :5] = 1
+        result = score(predictions, targets, [4, 4]).compute()
+        assert result.miou == pytest.approx(100 * 5 / 7)
+        assert result.per_class == {4: pytest.approx(100 * 5 / 7)}
+        background = (2 + 7) / (3 + 8)
+        assert result.fb_iou == pytest.approx(100 * (5 / 7 + background) / 2)
+        assert result.episodes == 2
+
+    def test_mean_over_classes_not_over_episodes(self) -> None:
+        targets = torch.ones(3, 1, 4, dtype=torch.uint8)
+        predictions = torch.tensor([[[1, 1, 1, 1]], [[1, 1, 1, 1]], [[1, 0, 0, 0]]])
+        result = score(predictions, targets, [1, 1, 2]).compute()
+        assert result.per_class == {1: 100.0, 2: 25.0}
+        assert result.miou == 62.5
+        assert result.miou_low <= result.miou <= result.miou_high
+
+    def test_torchmetrics_on_the_pooled_pixels(self) -> None:
+        predictions, targets, class_ids = episodes(9, seed=5)
+        result = score(predictions, targets, class_ids).compute()
+        ids = torch.tensor(class_ids)
+        for class_id in (3, 4, 5):
+            index = BinaryJaccardIndex(ignore_index=255)
+            index.update(predictions[ids == class_id].long(), targets[ids == class_id].long())
+            assert result.per_class[class_id] == pytest.approx(100 * index.compute().item(), abs=1e-4)
+        valid = targets != 255
+        truth, guess = (targets[valid] == 1).numpy(), predictions[valid].numpy()
+        expected = (jaccard_score(truth, guess) + jaccard_score(~truth, ~guess)) / 2
+        assert result.fb_iou == pytest.approx(100 * expected)
+        assert result.miou == pytest.approx(np.mean(list(result.per_class.values())))
+
+    @settings(deadline=None, max_examples=25)
+    @given(st.integers(0, 2**16), st.integers(1, 5), st.randoms(use_true_random=False))
+    def test_batching_and_order_do_not_matter(self, seed: int, batch: int, shuffler: object) -> None:
+        predictions, targets, class_ids = episodes(8, seed=seed)
+        expected = score(predictions, targets, class_ids).compute(resamples=2)
+        order = list(range(8))
+        shuffler.shuffle(order)  # type: ignore[attr-defined]
+        metric = EpisodeIoU()
+        for start in range(0, 8, batch):
+            rows = order[start : start + batch]
+            metric.update(predictions[rows], targets[rows], torch.tensor(class_ids)[rows])
+        result = metric.compute(resamples=2)
+        assert (result.miou, result.fb_iou) == (expected.miou, expected.fb_iou)
+        assert result.per_class == expected.per_class
+        assert len(metric) == 8
+
+    def test_bootstrap_equals_a_plain_loop(self) -> None:
+        predictions, targets, class_ids = episodes(7, seed=8)
+        metric = score(predictions, targets, class_ids)
+        result = metric.compute(resamples=200, seed=3)
+        draws = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=200)
+        miou, fb_iou = [], []
+        for times in draws:
+            rows = [row for row in range(7) for _ in range(times[row])]
+            per_class = []
+            for class_id in sorted({class_ids[row] for row in rows}):  # an absent class is left out
+                pooled = sum(metric.counts[row][1] for row in rows if class_ids[row] == class_id)
+                per_class.append(pooled[0] / pooled[1])
+            both = sum(metric.counts[row] for row in rows)
+            miou.append(100 * np.mean(per_class))
+            fb_iou.append(100 * np.mean(both[:, 0] / both[:, 1]))
+        assert (result.miou_low, result.miou_high) == pytest.approx(tuple(np.percentile(miou, (2.5, 97.5))))
+        assert (result.fb_iou_low, result.fb_iou_high) == pytest.approx(tuple(np.percentile(fb_iou, (2.5, 97.5))))
+        assert result.miou_low < result.miou < result.miou_high
+
+    def test_bootstrap_interval_covers_a_known_spread(self) -> None:
+        """Equal unions make mIoU of one class a mean, whose standard error is known."""
+        generator = np.random.default_rng(0)
+        hits = generator.integers(0, 101, 400)
+        targets = torch.ones(400, 1, 100, dtype=torch.uint8)
+        predictions = torch.from_numpy(np.arange(100)[None, None] < hits[:, None, None])
+        result = score(predictions, targets, [1] * 400).compute(resamples=2000)
+        half_width = 1.96 * hits.std() / math.sqrt(400)
+        assert result.miou == pytest.approx(hits.mean())
+        assert result.miou_low == pytest.approx(hits.mean() - half_width, abs=0.2 * half_width)
+        assert result.miou_high == pytest.approx(hits.mean() + half_width, abs=0.2 * half_width)
+
+    def test_interval_is_reproducible(self) -> None:
+        metric = score(*episodes(9, seed=1))
+        assert metric.compute(seed=1) == metric.compute(seed=1)
+        assert metric.compute(seed=1).miou_low != metric.compute(seed=2).miou_low
+
+    def test_iou_per_episode(self) -> None:
+        metric = score(torch.tensor([[[1, 1, 0]], [[0, 0, 0]]]), torch.tensor([[[1, 0, 0]], [[0, 1, 1]]]), [1, 2])
+        assert metric.episode_iou().tolist() == [50.0, 0.0]
+
+    def test_bad_requests(self) -> None:
+        with pytest.raises(ValueError, match="at least one episode"):
+            EpisodeIoU().compute()
+        with pytest.raises(ValueError, match="2 episodes and 1 class ids"):
+            score(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), [1])
+
+
+class TestPriorScores:
+    def test_hand_worked(self) -> None:
+        target = torch.tensor([[1, 0, 1, 0, 255]], dtype=torch.uint8)
+        prior = torch.tensor([[0.9, 0.8, 0.3, 0.3, 1.0]])
+        # pairs: 0.9 beats both; 0.3 loses to 0.8, ties with 0.3: (1 + 1 + 0 + 0.5) / 4
+        # thresholds: 0.9 -> 1/2, 0.8 -> 1/3, 0.3 -> 2/4
+        assert prior_scores(prior, target) == (0.625, 0.5)
+
+    @settings(deadline=None, max_examples=50)
+    @given(st.integers(0, 2**16), st.integers(1, 12))
+    def test_scikit_learn_and_a_plain_loop_over_thresholds(self, seed: int, levels: int) -> None:
+        _, targets, _ = episodes(1, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        prior = torch.randint(0, levels, (7, 7), generator=generator) / levels  # many ties
+        valid = targets[0] != 255
+        truth, values = (targets[0][valid] == 1).numpy(), prior[valid].numpy()
+        if truth.all() or not truth.any():
+            return
+        best = max((truth & (values >= t)).sum() / (truth | (values >= t)).sum() for t in set(values))
+        auc, best_iou = prior_scores(prior, targets[0])
+        assert auc == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+        assert best_iou == pytest.approx(best, abs=1e-12)
+
+    def test_only_the_order_matters(self) -> None:
+        _, targets, _ = episodes(1, seed=2)
+        prior = torch.rand(7, 7, generator=torch.Generator().manual_seed(2))
+        assert prior_scores(prior, targets[0]) == pytest.approx(prior_scores(prior.mul(9).exp() - 7, targets[0]))
+
+    @pytest.mark.parametrize("value", [0, 1, 255])
+    def test_one_sided_targets_have_no_score(self, value: int) -> None:
+        auc, best_iou = prior_scores(torch.rand(2, 2), torch.full((2, 2), value, dtype=torch.uint8))
+        assert math.isnan(auc)
+        assert math.isnan(best_iou)
+
+    def test_bad_requests(self) -> None:
+        with pytest.raises(ValueError, match="differ in shape"):
+            prior_scores(torch.rand(2, 2), torch.zeros(4, 4))
+        with pytest.raises(ValueError, match="prior holds NaN"):
+            prior_scores(torch.full((1, 2), math.nan), torch.tensor([[0, 1]]))

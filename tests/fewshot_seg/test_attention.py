@@ -139,18 +139,14 @@ class TestEveryKind:
         maps = normal(2, 3, 2, 3, seed=6).requires_grad_()
         direction = normal(2, 3, seed=7).requires_grad_()
         # without the kink of the ReLU, where finite differences are wrong
-        assert torch.autograd.gradcheck(
-            lambda a, v: similarity_attention(a, v, rectify=False), (maps, direction)
-        )
+        assert torch.autograd.gradcheck(lambda a, v: similarity_attention(a, v, rectify=False), (maps, direction))
         positive = normal(BATCH, CHANNELS, seed=8).requires_grad_(kind in ("cosine", "margin"))
         negatives = [
             normal(BATCH, CHANNELS, seed=9 + i).requires_grad_(kind == "margin") for i in range(NEGATIVES[kind])
         ]
         if kind in ("cosine", "margin"):
             anchor = unit(12)
-            assert torch.autograd.gradcheck(
-                lambda p, *n: score_direction(kind, anchor, p, n), (positive, *negatives)
-            )
+            assert torch.autograd.gradcheck(lambda p, *n: score_direction(kind, anchor, p, n), (positive, *negatives))
 
     def test_attention_can_train_the_layer_that_made_the_maps(self, kind: AttentionKind) -> None:
         """Second order: d loss(attention) / d convolution, against finite differences of the whole thing."""
@@ -265,9 +261,7 @@ class TestSimilarityAttention:
     def test_does_not_depend_on_the_length_of_the_maps(self) -> None:
         """f does not change with |A|, and the gradient shrinks as A grows: their product stays."""
         maps, direction = normal(2, 3, 4, 4, seed=1), normal(2, 3, seed=2)
-        torch.testing.assert_close(
-            similarity_attention(7.5 * maps, direction), similarity_attention(maps, direction)
-        )
+        torch.testing.assert_close(similarity_attention(7.5 * maps, direction), similarity_attention(maps, direction))
 
     def test_looking_for_itself_finds_nothing(self) -> None:
         """The cosine with itself is at its maximum, so its gradient is zero."""

@@ -204,9 +204,7 @@ class TestEmbeddedWeights:
             assert int(model(image * 2 - 1).argmax()) in classes
 
     def test_other_encoders_have_none(self) -> None:
-        with pytest.raises(
-            DataError, match="no embedded weights for backbone 'resnet18': only tf_efficientnet_lite0"
-        ):
+        with pytest.raises(DataError, match="no embedded weights for backbone 'resnet18': only tf_efficientnet_lite0"):
             build_backbone("resnet18")
 
     def test_another_architecture_is_refused(self, original: dict[str, Tensor]) -> None:

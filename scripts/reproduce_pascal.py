@@ -1,0 +1,202 @@
+"""Train and evaluate all folds of PASCAL-5i with every ablation, and write the records of docs/results.json.
+
+    python scripts/reproduce_pascal.py --root ../shared/data/VOCdevkit/VOC2012
+
+Interrupted runs go on where they stopped: finished cells are kept under --out. docs/results.md is then written by
+scripts/render_results.py, which this script calls at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from render_results import merge_records, render
+
+from episodes.protocols import get_protocol
+from episodes.sources import VocSource
+from fewshot_seg.attention import ATTENTION_KINDS
+from fewshot_seg.backbones import build_backbone
+from fewshot_seg.checkpoint import save_segmenter
+from fewshot_seg.decoder import PriorReadout
+from fewshot_seg.evaluation import Decoder, Evaluation, choose_thresholds, evaluate_heads, evaluate_priors
+from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold, train_fold
+from fewshot_seg.priors import PRIOR_CHANNELS
+from fewshot_seg.runtime import git_commit, read_json, write_json
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
+
+OURS = "ours: decoder on our prior maps"
+VARIANTS: dict[str, dict[str, Any]] = {
+    OURS: {"prior": "similarity"},
+    "ours + appearance features": {"prior": "similarity", "appearance": 16},
+    "decoder on PFENet's prior": {"prior": "pfenet"},
+    "decoder on PFENet's prior + appearance": {"prior": "pfenet", "appearance": 16},
+    "decoder on features and prototype, no prior": {"prior": "none", "appearance": 32},
+}
+READOUTS: dict[str, Decoder] = {
+    "gradient attention alone": PriorReadout(PRIOR_CHANNELS.index("gradient attention"), scaled=True),
+    "soft margin alone": PriorReadout(PRIOR_CHANNELS.index("soft margin")),
+}
+SHOTS = (1, 5)
+HELD_OUT_EPISODES = 200
+
+
+def main() -> None:
+    arguments = _arguments()
+    protocol = get_protocol("hsnet")
+    source = VocSource(arguments.root)
+    work = partial(_fold, root=arguments.root, out=arguments.out, cache=arguments.cache, quick=arguments.quick)
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    # features first, in one process: two would compute the same ones
+    data = open_fold(source, build_backbone(), protocol, fold=0, cache=arguments.cache, show_progress=True)
+    data.store.ensure([*data.training_index.image_ids, *data.evaluation_index.image_ids], show_progress=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+        per_fold = list(pool.map(work, range(4)))
+    images = len(data.evaluation_index.image_ids)
+    common = {
+        "data": "PASCAL-5i" if images == 1449 else f"PASCAL-5i/{images}",
+        "protocol": protocol.name,
+        "support": "mask",
+        "seeds": [protocol.seed],
+        "command": "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "commit": git_commit(),
+    }
+    records = [common | record for fold in per_fold for record in fold]
+    merge_records(arguments.results, [*records, *_means(records)])
+    render(arguments.results, arguments.results.with_suffix(".md"))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder VOC2012")
+    parser.add_argument("--out", type=Path, default=Path("runs/pascal"), help="models and finished cells")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fewshot-seg")
+    parser.add_argument("--jobs", type=int, default=2, help="folds at a time")
+    parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
+    parser.add_argument("--quick", action="store_true", help="a few steps and episodes, to try the script")
+    return parser.parse_args()
+
+
+def _fold(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list[dict[str, Any]]:
+    backbone = build_backbone()
+    data = open_fold(VocSource(root), backbone, get_protocol("hsnet"), fold=fold, cache=cache)
+    folder = out / f"fold{fold}"
+    cells = {name: partial(_variant, name, data, folder, quick) for name in VARIANTS}
+    cells["training-free"] = partial(_training_free, data, quick)
+    records: list[dict[str, Any]] = []
+    for name, compute in cells.items():
+        kept = folder / f"{name}.json"
+        if not kept.exists():
+            write_json(kept, compute())
+            print(f"fold {fold}: {name} done", flush=True)
+        records += read_json(kept, what="finished cell")
+    return [record | {"fold": fold} for record in records]
+
+
+def _variant(name: str, data: FoldData, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    build = partial(build_segmenter, data.backbone, decoder_width=48, decoder_blocks=4, **VARIANTS[name])
+    steps = 6 if quick else 240
+    trained = train_fold(
+        build,
+        data,
+        steps=steps,
+        validation_episodes=20 if quick else HELD_OUT_EPISODES,
+        folder=folder / name,
+        resume=True,
+    )
+    assert trained.selection is not None
+    assert trained.held_out_miou is not None
+    notes = {"protocol": asdict(data.protocol) | {"listed": sorted(data.protocol.listed)}, "variant": name}
+    model = folder / name / "model.safetensors"
+    save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=data.resolution, notes=notes)
+    heads: dict[str, tuple[Decoder, float]] = {name: (trained.segmenter.decoder, trained.segmenter.threshold)}
+    if name == OURS:
+        drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
+        chosen = choose_thresholds(trained.selection, READOUTS, drawn)
+        heads |= {f"{key}, trained": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
+    records = _scored(trained.segmenter, heads, data, quick)
+    if name == OURS:
+        records += _prior_records(trained.segmenter, data, "trained", quick)
+    seconds, peak = trained.result.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    base = {"shots": 1, "method": name, "episodes": HELD_OUT_EPISODES}
+    return [
+        *records,
+        base | {"task": "selection", "metric": "held-out base mIoU", "value": trained.held_out_miou},
+        base | {"task": "speed", "metric": f"training seconds ({steps} steps, warm)", "value": seconds},
+        base | {"task": "speed", "metric": "peak memory of the process so far, GiB", "value": peak},
+    ]
+
+
+def _training_free(data: FoldData, quick: bool) -> list[dict[str, Any]]:
+    segmenter = training_free(data.backbone)
+    drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
+    chosen = choose_thresholds(segmenter, READOUTS, drawn)
+    heads = {f"{key}, training-free": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
+    return [*_scored(segmenter, heads, data, quick), *_prior_records(segmenter, data, "untrained", quick)]
+
+
+def _scored(
+    segmenter: FewShotSegmenter, heads: dict[str, tuple[Decoder, float]], data: FoldData, quick: bool
+) -> list[dict[str, Any]]:
+    records = []
+    for shots in SHOTS:
+        drawn = evaluation_episodes(data, shots=shots, count=20 if quick else None)
+        scored = evaluate_heads(
+            segmenter.eval(), heads, drawn, scoring_size=data.protocol.scoring_size, source=data.source
+        )
+        for method, evaluation in scored.items():
+            records += _records(method, shots, evaluation, data)
+    return records
+
+
+def _records(method: str, shots: int, evaluation: Evaluation, data: FoldData) -> list[dict[str, Any]]:
+    result = evaluation.result
+    base = {"task": "segmentation", "shots": shots, "method": method, "episodes": result.episodes}
+    names = data.source.class_names
+    return [
+        base | {"metric": "mIoU", "value": result.miou, "low": result.miou_low, "high": result.miou_high},
+        base | {"metric": "FB-IoU", "value": result.fb_iou, "low": result.fb_iou_low, "high": result.fb_iou_high},
+        *(base | {"metric": f"IoU: {names[class_id]}", "value": iou} for class_id, iou in result.per_class.items()),
+    ]
+
+
+def _prior_records(segmenter: FewShotSegmenter, data: FoldData, state: str, quick: bool) -> list[dict[str, Any]]:
+    drawn = evaluation_episodes(data, shots=1, count=20 if quick else 250)
+    records = []
+    for name, score in evaluate_priors(segmenter.eval(), drawn, kinds=ATTENTION_KINDS).items():
+        base = {"task": "prior", "shots": 1, "method": f"{name}, {state}", "episodes": score.episodes}
+        for metric, bounds in (("AUC", score.auc), ("best-IoU", score.best_iou)):
+            value, low, high = (100 * bound for bound in bounds)
+            records.append(base | {"metric": metric, "value": value, "low": low, "high": high})
+    return records
+
+
+def _means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over the four folds; their intervals are independent, so half-widths add in squares."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        if not record["metric"].startswith("IoU: "):
+            groups.setdefault(tuple(record[key] for key in ("task", "shots", "method", "metric")), []).append(record)
+    means = []
+    for group in groups.values():
+        mean = sum(record["value"] for record in group) / len(group)
+        record = group[0] | {"fold": "mean", "value": mean, "episodes": sum(one["episodes"] for one in group)}
+        if "low" in record:
+            half = sum(((one["high"] - one["low"]) / 2) ** 2 for one in group) ** 0.5 / len(group)
+            record |= {"low": mean - half, "high": mean + half}
+        means.append(record)
+    return means
+
+
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,7 @@ def _fold(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list
 
 def _variant(name: str, data: FoldData, folder: Path, quick: bool) -> list[dict[str, Any]]:
     build = partial(build_segmenter, data.backbone, decoder_width=48, decoder_blocks=4, **VARIANTS[name])
-    steps = 6 if quick else 240
+    steps = 6 if quick else 160
     trained = train_fold(
         build,
         data,

@@ -1,0 +1,31 @@
+"""Low-shot segmentation with similarity attention: from one to five labelled examples to masks, and why.
+
+Example:
+    >>> import torch
+    >>> from fewshot_seg import build_backbone, training_free
+    >>> segmenter = training_free(build_backbone("mobilenetv3_small_050", weights="random"))
+    >>> images, masks = torch.rand(1, 2, 3, 64, 64), torch.zeros(1, 2, 64, 64, dtype=torch.uint8)
+    >>> masks[:, :, 16:48, 16:48] = 1
+    >>> support = segmenter.encode_support(images, masks)  # one episode of two shots
+    >>> segmenter.segment(support, torch.rand(5, 3, 64, 64)).masks.shape
+    torch.Size([5, 64, 64])
+"""
+
+from fewshot_seg.attention import gradient_attention, similarity_attention
+from fewshot_seg.backbones import Backbone, build_backbone
+from fewshot_seg.checkpoint import load_segmenter, save_segmenter
+from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
+
+__all__ = [
+    "Backbone",
+    "FewShotSegmenter",
+    "Prediction",
+    "SupportEncoding",
+    "build_backbone",
+    "build_segmenter",
+    "gradient_attention",
+    "load_segmenter",
+    "save_segmenter",
+    "similarity_attention",
+    "training_free",
+]

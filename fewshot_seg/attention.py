@@ -29,7 +29,7 @@ _NEGATIVES: dict[AttentionKind, int] = {"siamese": 0, "triplet": 1, "quadruplet"
 def gradient_attention(
     scores: Tensor, maps: Sequence[Tensor], *, create_graph: bool = False, rectify: bool = True
 ) -> tuple[Tensor, ...]:
-    """Attention of each level of convolutional maps for one scalar score per image (arXiv 2008.06035, eq. 3-4).
+    """Attention of each level of convolutional maps for one scalar score per image (arXiv 2008.06035).
 
     Args:
         scores: float (B,), score i depends on image i only.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import segmentation_models_pytorch as smp
 import timm
@@ -51,7 +51,8 @@ class Backbone(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
-        available = {2**stage: width for stage, width in enumerate(encoder.out_channels) if stage > 0 and width > 0}
+        widths = cast(Sequence[int], encoder.out_channels)  # nn.Module types every attribute as tensor or module
+        available = {2**stage: width for stage, width in enumerate(widths) if stage > 0 and width > 0}
         missing = [stride for stride in strides if stride not in available]
         if missing or not strides or sorted(set(strides)) != list(strides):
             raise DataError(
@@ -77,7 +78,6 @@ class Backbone(nn.Module):
         """
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
-        # smp encoders refuse sizes that are no multiple of 32 only in their decoders; the maps themselves are fine.
         maps = self.encoder(((images - mean) / std).contiguous(memory_format=torch.channels_last))
         by_stride = {2**stage: level for stage, level in enumerate(maps)}
         height, width = images.shape[2:]
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest over name, strides, normalisation and every weight."""
+        """Hex digest over name, strides, normalisation and every weight, as they are at the first look."""
         digest = hashlib.sha256(repr((self.name, self.strides, self.mean, self.std)).encode())
         for key, value in sorted(self.encoder.state_dict().items()):
             digest.update(key.encode())

@@ -161,7 +161,9 @@ def load_segmenter(
             temperature=description["temperature"],
         )
         resolution, notes = int(description["resolution"]), dict(description["notes"])
-    except (KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
     load_trained_tensors(segmenter, tensors, where=path)
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)

@@ -38,7 +38,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
 
 
-def _setting(
+def setting(
     explanation: str,
     default: Any = MISSING,
     *,
@@ -138,8 +138,8 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        for setting in settings_of(type(self)):
-            setting.check(getattr(self, setting.name))
+        for one in settings_of(type(self)):
+            one.check(getattr(self, one.name))
 
     def as_json(self) -> dict[str, Any]:
         """Values as JSON has them."""
@@ -157,10 +157,10 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DataSettings(Config):
-    data: DataName = _setting("data set: PASCAL VOC 2012's folder layout, or generated pictures", "voc")
-    root: Path | None = _setting("VOC2012 folder (JPEGImages/, ImageSets/, SegmentationClass[Aug]/)", None)
-    protocol: Literal["hsnet"] = _setting("evaluation protocol of the literature, for VOC", "hsnet")
+class DataSettings(Config):
+    data: DataName = setting("data set: PASCAL VOC 2012's folder layout, or generated pictures", "voc")
+    root: Path | None = setting("VOC2012 folder (JPEGImages/, ImageSets/, SegmentationClass[Aug]/)", None)
+    protocol: Literal["hsnet"] = setting("evaluation protocol of the literature, for VOC", "hsnet")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,33 +172,33 @@ class _DataSettings(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CacheSettings(Config):
-    cache: Path = _setting(
+class CacheSettings(Config):
+    cache: Path = setting(
         "folder of the feature cache (or set FEWSHOT_SEG_CACHE)",
         factory=default_cache,
     )
-    cache_gigabytes: float = _setting("size of the feature cache at most", 4.0, minimum=0.0)
+    cache_gigabytes: float = setting("size of the feature cache at most", 4.0, minimum=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DeviceSettings(Config):
-    device: str = _setting("auto, cpu, cuda or cuda:N", "auto")
+class DeviceSettings(Config):
+    device: str = setting("auto, cpu, cuda or cuda:N", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelSettings(_DeviceSettings):
+class ModelSettings(DeviceSettings):
     """A trained model, or a training-free prior map."""
 
-    model: Path | None = _setting("model.safetensors of a training; without it nothing trained is used", None)
-    prior_map: PriorMapName | None = _setting(
+    model: Path | None = setting("model.safetensors of a training; without it nothing trained is used", None)
+    prior_map: PriorMapName | None = setting(
         "without a model: the similarity map that is cut at a threshold (default: soft margin)", None
     )
-    threshold: float | None = _setting("logit above which a pixel is foreground, instead of the chosen one", None)
-    backbone: str = _setting("without a model: timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
-    backbone_weights: str | None = _setting(
+    threshold: float | None = setting("logit above which a pixel is foreground, instead of the chosen one", None)
+    backbone: str = setting("without a model: timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
+    backbone_weights: str | None = setting(
         "'embedded', 'random' or a file (default: as the model says, else embedded)", None
     )
-    strides: tuple[int, ...] = _setting("without a model: strides of the features", (16, 32), minimum=2)
+    strides: tuple[int, ...] = setting("without a model: strides of the features", (16, 32), minimum=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,71 +207,69 @@ class _ModelSettings(_DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(_DeviceSettings):
+class DemoConfig(DeviceSettings):
     """``fewshot-seg demo``."""
 
-    out: Path = _setting("folder for pictures and page", Path("runs/demo"))
-    seed: int = _setting("seed of pictures, weights and episodes", 0, minimum=0)
-    steps: int = _setting("training steps", 150, minimum=1)
-    batch_size: int = _setting("episodes per step", 8, minimum=1)
-    episodes: int = _setting("episodes of the evaluation on novel classes", 200, minimum=1)
-    pictures: int = _setting("episodes to draw", 6, minimum=1)
-    backbone: str = _setting("timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
-    backbone_weights: str = _setting("'embedded', 'random' or a file", "embedded")
-    resolution: int = _setting("side of the square pictures", 192, minimum=32)
+    out: Path = setting("folder for pictures and page", Path("runs/demo"))
+    seed: int = setting("seed of pictures, weights and episodes", 0, minimum=0)
+    steps: int = setting("training steps", 150, minimum=1)
+    batch_size: int = setting("episodes per step", 8, minimum=1)
+    episodes: int = setting("episodes of the evaluation on novel classes", 200, minimum=1)
+    pictures: int = setting("episodes to draw", 6, minimum=1)
+    backbone: str = setting("timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
+    backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
+    resolution: int = setting("side of the square pictures", 192, minimum=32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(_DataSettings):
+class VerifyConfig(DataSettings):
     """``fewshot-seg data verify``."""
 
-    splits: tuple[str, ...] | None = _setting("splits to check (default: those of the protocol)", None)
+    splits: tuple[str, ...] | None = setting("splits to check (default: those of the protocol)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_DataSettings, _CacheSettings, _DeviceSettings):
+class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     """``fewshot-seg train``."""
 
-    out: Path = _setting("folder of the run", Path("runs/train"))
-    fold: int = _setting("test fold; its classes are never trained on", 0, minimum=0, maximum=3)
-    select_threshold: bool = _setting(
+    out: Path = setting("folder of the run", Path("runs/train"))
+    fold: int = setting("test fold; its classes are never trained on", 0, minimum=0, maximum=3)
+    select_threshold: bool = setting(
         "first train without the validation fold's classes too, and choose the threshold on them", True
     )
-    validation_fold: int | None = _setting(
+    validation_fold: int | None = setting(
         "fold whose classes choose the threshold (default: the one after --fold)", None, minimum=0, maximum=3
     )
-    validation_episodes: int = _setting("episodes that choose the threshold", 200, minimum=1)
-    shots: int = _setting("supports per training episode", 1, minimum=1)
-    steps: int = _setting("optimiser steps", 240, minimum=1)
-    batch_size: int = _setting("episodes per step", 8, minimum=1)
-    learning_rate: float = _setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
-    weight_decay: float = _setting("weight decay of AdamW", 1e-2, minimum=0.0)
-    metric_weight: float = _setting("weight of the metric loss of the similarity network", 1.0, minimum=0.0)
-    schedule: Literal["one-cycle", "cosine"] = _setting("learning-rate schedule", "one-cycle")
-    augment: Augmentation = _setting(
+    validation_episodes: int = setting("episodes that choose the threshold", 200, minimum=1)
+    shots: int = setting("supports per training episode", 1, minimum=1)
+    steps: int = setting("optimiser steps", 240, minimum=1)
+    batch_size: int = setting("episodes per step", 8, minimum=1)
+    learning_rate: float = setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
+    weight_decay: float = setting("weight decay of AdamW", 1e-2, minimum=0.0)
+    metric_weight: float = setting("weight of the metric loss of the similarity network", 1.0, minimum=0.0)
+    schedule: Literal["one-cycle", "cosine"] = setting("learning-rate schedule", "one-cycle")
+    augment: Augmentation = setting(
         "'mirror' and 'none' use stored features; 'standard' crops and recolours photos, and is slower", "mirror"
     )
-    backbone: str = _setting("timm or segmentation-models-pytorch encoder, frozen", "tf_efficientnet_lite0")
-    backbone_weights: str = _setting("'embedded', 'random' or a file", "embedded")
-    strides: tuple[int, ...] = _setting("strides of the features", (16, 32), minimum=2)
-    prior: PriorName = _setting("what the decoder reads as prior", "similarity")
-    attention: AttentionName = _setting("score whose gradient is the attention", "margin")
-    appearance: int = _setting("channels of query features and prototype shown to the decoder", 0, minimum=0)
-    similarity_rank: int = _setting("rank of the trained similarity projection", 16, minimum=0)
-    decoder_width: int = _setting("hidden channels of the decoder, a multiple of 8", 48, minimum=8)
-    decoder_blocks: int = _setting("residual blocks of the decoder", 4, minimum=0)
-    resolution: int | None = _setting("side of the square photos (default: the protocol's)", None, minimum=32)
-    seed: int = _setting("seed of weights, episodes and dropout", 0, minimum=0)
-    checkpoint_every: int = _setting("steps between checkpoints", 100, minimum=1)
-    resume: bool = _setting("go on with an interrupted run in --out", False)
-    workers: int = _setting("processes that load photos, for --augment standard", 0, minimum=0)
+    backbone: str = setting("timm or segmentation-models-pytorch encoder, frozen", "tf_efficientnet_lite0")
+    backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
+    strides: tuple[int, ...] = setting("strides of the features", (16, 32), minimum=2)
+    prior: PriorName = setting("what the decoder reads as prior", "similarity")
+    attention: AttentionName = setting("score whose gradient is the attention", "margin")
+    appearance: int = setting("channels of query features and prototype shown to the decoder", 0, minimum=0)
+    similarity_rank: int = setting("rank of the trained similarity projection", 16, minimum=0)
+    decoder_width: int = setting("hidden channels of the decoder, a multiple of 8", 48, minimum=8)
+    decoder_blocks: int = setting("residual blocks of the decoder", 4, minimum=0)
+    resolution: int | None = setting("side of the square photos (default: the protocol's)", None, minimum=32)
+    seed: int = setting("seed of weights, episodes and dropout", 0, minimum=0)
+    checkpoint_every: int = setting("steps between checkpoints", 100, minimum=1)
+    resume: bool = setting("go on with an interrupted run in --out", False)
+    workers: int = setting("processes that load photos, for --augment standard", 0, minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior == "none" and self.appearance == 0:
             raise DataError("--prior none leaves the decoder nothing to read; add --appearance 16")
-        if self.prior == "similarity" and self.similarity_rank == 0 and self.metric_weight == 0:
-            return  # the untrained similarity network is a baseline of its own
         if self.decoder_width % 8:
             raise DataError(f"--decoder-width must be a multiple of 8, got {self.decoder_width}")
         if self.validation_fold == self.fold and self.data == "voc":
@@ -281,43 +279,45 @@ class TrainConfig(_DataSettings, _CacheSettings, _DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EpisodeSettings(_ModelSettings, _DataSettings, _CacheSettings):
-    fold: int | None = _setting("test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
-    shots: int = _setting("supports per episode", 1, minimum=1)
-    seed: int | None = _setting("seed of the episodes (default: the protocol's)", None, minimum=0)
-    resolution: int | None = _setting("side of the square photos (default: the model's or protocol's)", None, minimum=32)
+class EpisodeSettings(ModelSettings, DataSettings, CacheSettings):
+    fold: int | None = setting("test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
+    shots: int = setting("supports per episode", 1, minimum=1)
+    seed: int | None = setting("seed of the episodes (default: the protocol's)", None, minimum=0)
+    resolution: int | None = setting("side of the square photos (default: the model's or protocol's)", None, minimum=32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(_EpisodeSettings):
+class EvaluateConfig(EpisodeSettings):
     """``fewshot-seg evaluate``."""
 
-    out: Path = _setting("folder of evaluation.json", Path("runs/evaluate"))
-    episodes: int | None = _setting("number of episodes (default: the protocol's)", None, minimum=1)
-    scoring: Literal["protocol", "original"] = _setting("score at the protocol's or the label's own size", "protocol")
-    batch_size: int = _setting("episodes at a time", 10, minimum=1)
+    out: Path = setting("folder of evaluation.json", Path("runs/evaluate"))
+    episodes: int | None = setting("number of episodes (default: the protocol's)", None, minimum=1)
+    scoring: Literal["protocol", "original"] = setting("score at the protocol's or the label's own size", "protocol")
+    batch_size: int = setting("episodes at a time", 10, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig(_EpisodeSettings):
+class ExplainConfig(EpisodeSettings):
     """``fewshot-seg explain``."""
 
-    out: Path = _setting("folder of the pictures", Path("runs/explain"))
-    count: int = _setting("draw the first COUNT episodes of the evaluation", 8, minimum=1)
-    numbers: tuple[int, ...] | None = _setting("draw these episodes instead, by number", None, minimum=0)
+    out: Path = setting("folder of the pictures", Path("runs/explain"))
+    count: int = setting("draw the first COUNT episodes of the evaluation", 8, minimum=1)
+    numbers: tuple[int, ...] | None = setting("draw these episodes instead, by number", None, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(_ModelSettings):
+class PredictConfig(ModelSettings):
     """``fewshot-seg predict``."""
 
-    support: tuple[str, ...] = _setting(
+    support: tuple[str, ...] = setting(
         "PHOTO:MASK pairs that show the object; in a mask nonzero is object, and 255 is ignored where it comes "
         "with other labels (a plain black and white mask means 255 = object)"
     )
-    query: tuple[str, ...] = _setting("photos to segment: files, folders or quoted globs")
-    out: Path = _setting("folder for masks/ and overlays/", Path("runs/predict"))
-    size: int | None = _setting("side of the square that photos are squashed to (default: the model's)", None, minimum=32)
+    query: tuple[str, ...] = setting("photos to segment: files, folders or quoted globs")
+    out: Path = setting("folder for masks/ and overlays/", Path("runs/predict"))
+    size: int | None = setting(
+        "side of the square that photos are squashed to (default: the model's)", None, minimum=32
+    )
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)

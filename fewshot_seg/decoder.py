@@ -61,7 +61,7 @@ class MaskDecoder(nn.Module):
         seed: seed of the initial values; the global random state is left alone.
 
     Raises:
-        DataError: nothing to read, or a width that is no multiple of 8.
+        DataError: nothing to read, a negative size, or a width that is no multiple of 8.
     """
 
     def __init__(
@@ -76,11 +76,16 @@ class MaskDecoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if min(prior_channels, appearance, blocks) < 0:
+            raise DataError(
+                f"decoder sizes must not be negative, got {prior_channels} prior maps, {appearance} appearance "
+                f"channels, {blocks} blocks"
+            )
         if prior_channels + appearance < 1:
             raise DataError("the decoder has nothing to read: give it a prior, or appearance channels")
         if width < 8 or width % 8:
             raise DataError(f"decoder width must be a multiple of 8, got {width}")
-        self.prior_channels, self.appearance = prior_channels, appearance
+        self.prior_channels, self.feature_channels, self.appearance = prior_channels, feature_channels, appearance
         self._description = {
             "prior_channels": prior_channels,
             "feature_channels": feature_channels,
@@ -90,7 +95,7 @@ class MaskDecoder(nn.Module):
             "dropout": dropout,
         }
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
             if appearance:
                 self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
             self.entry = _Block(prior_channels + 2 * appearance, width, 1)

@@ -208,7 +208,12 @@ def evaluate_priors(
 
     A map is upsampled to a quarter of the mask's side and compared there. The segmenter's prior must be
     ``similarity``; the quadruplet's second negative is the object of the neighbouring episode in the batch.
+
+    Raises:
+        DataError: a segmenter with another prior.
     """
+    if segmenter.prior != "similarity":
+        raise DataError(f"scoring prior maps needs a model with prior 'similarity', got {segmenter.prior!r}")
     collected: dict[str, list[tuple[float, float]]] = {}
     for batch in _progress(episodes, batch_size, show_progress, "scoring priors"):
         side = -(-batch.query_masks.shape[-1] // 4)
@@ -221,6 +226,7 @@ def evaluate_priors(
 
 
 def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[AttentionKind]) -> dict[str, Tensor]:
+    batch = batch.to(next(segmenter.backbone.parameters()).device)
     support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
     maps = segmenter.similarity(batch.query_levels)
     priors = segmenter.prior_maps(support, batch.query_levels, maps)

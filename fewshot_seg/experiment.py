@@ -19,7 +19,7 @@ from episodes.loader import EpisodeDataset
 from episodes.protocols import EpisodeProtocol, Pair, evaluation_pairs, list_pairs, training_pairs
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import MaskSource
+from episodes.types import DataError, MaskSource
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.evaluation import choose_threshold
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes, LiveEpisodes
@@ -43,6 +43,7 @@ class FoldData:
         training_index, evaluation_index: classes of the two splits.
         split: base and novel classes of the fold.
         held_out: the base classes split again, for choices; its novel side is never in the test fold.
+        fold: the test fold; None for a source without folds.
         resolution: side of the square.
     """
 
@@ -55,6 +56,7 @@ class FoldData:
     evaluation_index: ClassIndex
     split: ClassSplit
     held_out: ClassSplit
+    fold: int | None
     resolution: int
 
     @property
@@ -105,6 +107,7 @@ def open_fold(
         evaluation_index=indices[1],
         split=split,
         held_out=held_out,
+        fold=None if isinstance(source, SyntheticSource) else fold,
         resolution=size,
     )
 
@@ -122,7 +125,17 @@ def _class_splits(source: MaskSource, fold: int, validation_fold: int | None) ->
 def draw(
     data: FoldData, pairs: list[Pair], *, shots: int, count: int, seed: int, order: Literal["list", "random"]
 ) -> EpisodeSampler:
-    """Episode specs over a list of pairs, by the protocol's rule for supports."""
+    """Episode specs over a list of pairs, by the protocol's rule for supports.
+
+    Raises:
+        DataError: an empty list (the fold's classes are not in the data), or too few images for the shots.
+    """
+    if not pairs:
+        names = ", ".join(data.source.class_names[class_id] for class_id in data.split.novel)
+        raise DataError(
+            f"no episodes of this fold: protocol {data.protocol.name} finds no image of the wanted classes in "
+            f"{data.source.name} (novel classes: {names}); choose another --fold or add images"
+        )
     return EpisodeSampler(
         pairs, shots=shots, seed=seed, length=count, order=order, repeat_supports=data.protocol.repeat_supports
     )
@@ -146,7 +159,7 @@ def training_episodes(
         transform = EpisodeTransform("standard", data.resolution)
         dataset = EpisodeDataset(data.source, specs, transform, transform)
         return LiveEpisodes(data.backbone, dataset, workers=workers)
-    data.store.ensure([image_id for image_id, _ in pairs], show_progress=show_progress)
+    data.store.ensure(_images(specs), show_progress=show_progress)
     return CachedEpisodes(data.store, data.masks, specs, mirror=augment == "mirror")
 
 
@@ -157,21 +170,31 @@ def held_out_episodes(data: FoldData, *, shots: int, count: int, seed: int) -> F
     return CachedEpisodes(data.store, data.masks, specs)
 
 
-def evaluation_episodes(
-    data: FoldData, *, shots: int, count: int | None = None, seed: int | None = None, show_progress: bool = False
-) -> FeatureEpisodes:
-    """Episodes of the novel classes by the protocol; count and seed override the protocol's."""
-    pairs = evaluation_pairs(data.protocol, data.evaluation_index, data.split)
-    specs = draw(
+def evaluation_specs(
+    data: FoldData, *, shots: int, count: int | None = None, seed: int | None = None
+) -> EpisodeSampler:
+    """Specs of the novel classes by the protocol; count and seed override the protocol's."""
+    return draw(
         data,
-        pairs,
+        evaluation_pairs(data.protocol, data.evaluation_index, data.split),
         shots=shots,
         count=count or data.protocol.episodes,
         seed=data.protocol.seed if seed is None else seed,
         order=data.protocol.query_draw,
     )
-    data.store.ensure([image_id for image_id, _ in pairs], show_progress=show_progress)
+
+
+def evaluation_episodes(
+    data: FoldData, *, shots: int, count: int | None = None, seed: int | None = None, show_progress: bool = False
+) -> FeatureEpisodes:
+    """Episodes of `evaluation_specs`, from stored features."""
+    specs = evaluation_specs(data, shots=shots, count=count, seed=seed)
+    data.store.ensure(_images(specs), show_progress=show_progress)
     return CachedEpisodes(data.store, data.masks, specs)
+
+
+def _images(specs: EpisodeSampler) -> list[str]:
+    return list(dict.fromkeys(image_id for spec in specs for image_id in (*spec.support_ids, spec.query_id)))
 
 
 @dataclass(frozen=True, kw_only=True)

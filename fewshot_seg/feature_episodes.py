@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from episodes.loader import EpisodeDataset, episode_loader
-from episodes.types import EpisodeSpec
+from episodes.types import DataError, EpisodeSpec
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
 
@@ -80,7 +80,11 @@ class CachedEpisodes:
         return len(self._specs)
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
-        """See `FeatureEpisodes.batches`."""
+        """See `FeatureEpisodes.batches`. Raises DataError for a batch size below 1 or a start outside 0..len."""
+        if batch_size < 1:
+            raise DataError(f"batch size must be at least 1, got {batch_size}")
+        if not 0 <= start <= len(self):
+            raise DataError(f"first episode must be in 0..{len(self)}, got {start}")
         for first in range(start, len(self), batch_size):
             yield self._batch(tuple(self._specs[n] for n in range(first, min(first + batch_size, len(self)))))
 

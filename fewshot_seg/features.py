@@ -6,8 +6,10 @@ precision, one safetensors file per image, under a byte budget (least recently u
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import warnings
 import zlib
 from collections import OrderedDict
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +30,8 @@ from fewshot_seg.runtime import atomic_path
 
 DEFAULT_BYTE_BUDGET = 4 * 2**30
 
+_FEATURE_FILE = re.compile(r"[0-9a-f]{16}-\d+/[0-9a-f]{32}\.safetensors")
+
 
 class FeatureStore:
     """Features of a source's images from one backbone at one square size.
@@ -36,8 +40,9 @@ class FeatureStore:
         backbone: frozen; its fingerprint names the folder, so that other weights never share features.
         source: images.
         size: side in pixels of the square that images are squashed to.
-        directory: where files go; None keeps everything in memory, under the same budget.
-        byte_budget: bytes to keep at most.
+        directory: where files go, in a folder per backbone and size; None keeps everything in memory.
+        byte_budget: bytes to keep at most in the directory, features of other backbones and sizes included. Stores
+            that run at the same time each count only the files that they found or wrote.
         batch_size: images per forward pass.
 
     Raises:
@@ -58,9 +63,9 @@ class FeatureStore:
         self._transform = EpisodeTransform("none", size)
         sides = [-(-size // stride) for stride in backbone.strides]
         self._shapes = [(c, side, side) for c, side in zip(backbone.channels, sides, strict=True)]
-        self._bytes_per_image = 2 * sum(c * h * w for c, h, w in self._shapes)
-        self._capacity = byte_budget // self._bytes_per_image
-        if self._capacity < 1:
+        one_file = save({f"level{i}": torch.zeros(shape).half() for i, shape in enumerate(self._shapes)})
+        self._bytes_per_image, self._byte_budget = len(one_file), byte_budget
+        if byte_budget < self._bytes_per_image:
             raise DataError(
                 f"feature cache of {byte_budget} bytes cannot hold one image ({self._bytes_per_image} bytes); "
                 "raise --cache-gigabytes"
@@ -68,10 +73,8 @@ class FeatureStore:
         self._folder = None if directory is None else directory / f"{backbone.fingerprint[:16]}-{size}"
         self._memory: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self._names: dict[str, str] = {}
-        self._kept: OrderedDict[Path, None] = OrderedDict()
-        if self._folder is not None and self._folder.is_dir():
-            files = self._folder.glob("[!.]*.safetensors")  # those with a dot are being written by another run
-            self._kept.update((file, None) for file in sorted(files, key=_modified))
+        self._kept: OrderedDict[Path, int] = OrderedDict() if directory is None else _feature_files(directory)
+        self._bytes_kept = sum(self._kept.values())
 
     def get(self, image_ids: Sequence[str]) -> tuple[Tensor, ...]:
         """One float32 (N, C, h, w) per level; computes what is missing. Equal from cache and freshly computed."""
@@ -119,8 +122,10 @@ class FeatureStore:
             warnings.warn(f"damaged feature file {path} ({error}); computing it anew", stacklevel=3)
             return None
         levels = tuple(stored.get(f"level{i}", torch.empty(0)) for i in range(len(self._shapes)))
-        if [tuple(level.shape) for level in levels] != self._shapes:
-            warnings.warn(f"feature file {path} holds other shapes; computing it anew", stacklevel=3)
+        if [tuple(level.shape) for level in levels] != self._shapes or any(
+            level.dtype != torch.float16 for level in levels
+        ):
+            warnings.warn(f"feature file {path} holds other shapes or types; computing it anew", stacklevel=3)
             return None
         self._touch(path)
         return levels
@@ -142,32 +147,34 @@ class FeatureStore:
         path = self._path(image_id)
         if path is None:
             self._memory[self._name(image_id)] = maps
-            while len(self._memory) > self._capacity:
+            while len(self._memory) * self._bytes_per_image > self._byte_budget:
                 self._memory.popitem(last=False)
             return
         with atomic_path(path) as temporary:
             save_file({f"level{i}": level.contiguous() for i, level in enumerate(maps)}, temporary)
         self._touch(path)
-        while len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)[0].unlink(missing_ok=True)
+        while self._bytes_kept > self._byte_budget:
+            oldest, size = self._kept.popitem(last=False)
+            self._bytes_kept -= size
+            oldest.unlink(missing_ok=True)
 
     def _touch(self, path: Path) -> None:
-        if path not in self._kept:
-            self._kept[path] = None
-            return
-        self._kept.move_to_end(path)
-        if len(self._kept) * 10 > self._capacity * 9:  # near the budget, other runs need to see what is in use
-            try:
+        self._bytes_kept += self._bytes_per_image - self._kept.pop(path, 0)
+        self._kept[path] = self._bytes_per_image  # now the most recently used
+        if self._bytes_kept * 10 > self._byte_budget * 9:  # near the budget, other runs need to see what is in use
+            with contextlib.suppress(OSError):  # another run has just evicted it
                 os.utime(path)
-            except OSError:
-                self._kept.pop(path)
 
 
-def _modified(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:  # another run has just evicted it
-        return 0
+def _feature_files(directory: Path) -> OrderedDict[Path, int]:
+    """Feature files and their bytes, least recently used first; nothing else that lies in the directory."""
+    found = []
+    for file in directory.glob("*/*.safetensors"):
+        if _FEATURE_FILE.fullmatch(file.relative_to(directory).as_posix()):
+            with contextlib.suppress(OSError):  # another run has just evicted it
+                status = file.stat()
+                found.append((status.st_mtime_ns, file, status.st_size))
+    return OrderedDict((file, size) for _, file, size in sorted(found))
 
 
 class MaskStore:

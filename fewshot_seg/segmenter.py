@@ -100,7 +100,8 @@ class FewShotSegmenter(nn.Module):
         temperature: of the soft margin.
 
     Raises:
-        DataError: the decoder does not fit the prior, or an unknown kind.
+        DataError: decoder, prior, similarity network and backbone do not fit together, a temperature that is not
+            positive, or an unknown kind.
     """
 
     def __init__(
@@ -121,11 +122,11 @@ class FewShotSegmenter(nn.Module):
             raise DataError(
                 f"attention {attention!r} cannot be shown for one episode; choose siamese, triplet, cosine or margin"
             )
-        channels = prior_channels(prior)
-        if isinstance(decoder, MaskDecoder) and decoder.prior_channels != channels:
-            raise DataError(f"prior {prior!r} has {channels} maps, the decoder reads {decoder.prior_channels}")
+        if temperature <= 0:
+            raise DataError(f"temperature of the soft margin must be greater than 0, got {temperature}")
         if tuple(similarity.channels) != backbone.channels:
             raise DataError(f"similarity network reads {similarity.channels}, backbone gives {backbone.channels}")
+        _check_decoder(decoder, prior, similarity.width)
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
         self.prior, self.attention = prior, attention
         self.threshold, self.temperature = threshold, temperature
@@ -145,7 +146,7 @@ class FewShotSegmenter(nn.Module):
         Raises:
             DataError: shapes that do not fit, or an episode without any foreground.
         """
-        if images.dim() != 5 or masks.shape != (*images.shape[:2], *images.shape[3:]):
+        if images.dim() != 5 or images.shape[2] != 3 or masks.shape != (*images.shape[:2], *images.shape[3:]):
             raise DataError(
                 f"expected support images (B, K, 3, H, W) and masks (B, K, H, W), got {tuple(images.shape)} and "
                 f"{tuple(masks.shape)}"
@@ -175,7 +176,14 @@ class FewShotSegmenter(nn.Module):
         )
 
     def segment(self, support: SupportEncoding, images: Tensor) -> Prediction:
-        """Segment B queries, float32 (B, 3, H, W), with B supports or with one for all."""
+        """Segment B queries, float32 (B, 3, H, W), with B supports or with one for all.
+
+        Raises:
+            DataError: images of another shape.
+            ValueError: neither one support nor B.
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise DataError(f"expected query images (B, 3, H, W), got {tuple(images.shape)}")
         return self.segment_levels(support, self.backbone(images), (images.shape[2], images.shape[3]))
 
     def segment_levels(self, support: SupportEncoding, levels: Sequence[Tensor], size: tuple[int, int]) -> Prediction:
@@ -236,6 +244,18 @@ class FewShotSegmenter(nn.Module):
 def prior_channels(prior: PriorKind) -> int:
     """Number of maps of a prior."""
     return {"similarity": len(PRIOR_CHANNELS), "pfenet": 1, "none": 0}[prior]
+
+
+def _check_decoder(decoder: MaskDecoder | PriorReadout, prior: PriorKind, features: int) -> None:
+    maps = prior_channels(prior)
+    if isinstance(decoder, PriorReadout):
+        if not 0 <= decoder.channel < maps:
+            raise DataError(f"prior {prior!r} has {maps} maps, the readout wants map {decoder.channel} (from 0)")
+        return
+    if decoder.prior_channels != maps:
+        raise DataError(f"prior {prior!r} has {maps} maps, the decoder reads {decoder.prior_channels}")
+    if decoder.appearance and decoder.feature_channels != features:
+        raise DataError(f"the backbone gives {features} feature channels, the decoder reads {decoder.feature_channels}")
 
 
 def _pool(cells: Tensor, weights: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class SimilarityNetwork(nn.Module):
     Args:
         channels: channels of the levels, finest first.
         rank: rank of the trainable residual projection; 0 leaves the frozen features as they are.
-        seed: seed of its initial values.
+        seed: seed of its initial values; the global random state is left alone.
 
     Raises:
         DataError: negative rank or no level.
@@ -83,8 +83,9 @@ class SimilarityNetwork(nn.Module):
         self.channels, self.rank = tuple(channels), rank
         self.width = sum(channels)
         if rank:
-            self.down = nn.Conv2d(self.width, rank, 1, bias=False)
-            self.up = nn.Conv2d(rank, self.width, 1, bias=False)
+            with torch.random.fork_rng(devices=[]):  # a new convolution draws values, from the global stream
+                self.down = nn.Conv2d(self.width, rank, 1, bias=False)
+                self.up = nn.Conv2d(rank, self.width, 1, bias=False)
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 self.down.weight.normal_(std=self.width**-0.5, generator=generator)

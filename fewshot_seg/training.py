@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from episodes.types import DataError
 from fewshot_seg.checkpoint import load_trained_tensors, read_tensors, trained_tensors, write_tensors
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
+from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import cell_weights
 
 Schedule = Literal["one-cycle", "cosine"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 _GRADIENT_NORM = 1.0
@@ -112,11 +114,15 @@ def train(
         log_every: steps between log lines.
 
     Raises:
-        DataError: too few episodes, a checkpoint of another run, or a loss that is not finite (the message names
-            the episodes).
+        DataError: an argument outside its range, too few episodes, nothing to train, a checkpoint of another run,
+            or a loss that is not finite (the message names the episodes).
     """
     if steps < 1 or batch_size < 1:
         raise DataError(f"steps and batch size must be at least 1, got {steps} and {batch_size}")
+    if checkpoint_every < 1 or log_every < 1:
+        raise DataError(f"checkpoint_every and log_every must be at least 1, got {checkpoint_every} and {log_every}")
+    if schedule not in SCHEDULES:
+        raise DataError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
     if len(episodes) < steps * batch_size:
         raise DataError(f"{steps} steps of {batch_size} need {steps * batch_size} episodes, got {len(episodes)}")
     plan: dict[str, Any] = {
@@ -140,7 +146,8 @@ def train(
                 if run.step % checkpoint_every == 0 or run.step == steps:
                     run.save()
     except KeyboardInterrupt:
-        run.save()
+        if not run.updating:  # else the weights are between two steps; the last checkpoint is whole
+            run.save()
         raise
     finally:
         run.close()
@@ -162,16 +169,18 @@ class _Run:
     ) -> None:
         self.segmenter, self.plan, self.folder, self.log_every = segmenter, plan, folder, log_every
         self.parameters = segmenter.trainable_parameters()
+        if not self.parameters:
+            raise DataError("nothing to train: neither the prior nor the decoder of this model has parameters")
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=plan["weight_decay"])
-        self.device = next(segmenter.decoder.parameters()).device
-        self.step = 0
+        self.device = self.parameters[0].device
+        self.step, self.updating = 0, False
         if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
             self._load(folder / CHECKPOINT_NAME)
         self.writer = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._cut_log(folder / "training.jsonl")
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step + 1)
 
     def take_step(self, batch: FeatureBatch) -> float:
         batch = batch.to(self.device)
@@ -188,10 +197,12 @@ class _Run:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_NORM)
+        self.updating = True
         self.optimiser.step()
         self.step += 1
         if self.step % self.log_every == 0:
             self._log(loss=loss.item(), mask_loss=mask_loss.item(), metric_loss=metric_loss.item(), rate=rate)
+        self.updating = False
         return float(loss)
 
     def save(self) -> None:
@@ -232,7 +243,8 @@ class _Run:
         """Drop lines beyond the checkpoint: a killed run may have logged steps that it then lost."""
         lines = path.read_text().splitlines() if path.exists() and self.step else []
         kept = [line for line in lines if _step_of(line) <= self.step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def _log(self, **values: float) -> None:
         if self.folder is None or self.writer is None:

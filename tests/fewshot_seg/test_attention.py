@@ -231,7 +231,7 @@ class TestGradientAttention:
     def test_inference_mode_gets_a_clear_error(self) -> None:
         maps = normal(2, 3, 4, 4, seed=1).requires_grad_()
         scores = embed(maps).sum(1)
-        with torch.inference_mode(), pytest.raises(ValueError, match="outside torch.inference_mode"):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"outside torch\.inference_mode"):
             gradient_attention(scores, [maps])
         with torch.inference_mode():
             born_there = normal(2, 3, 4, 4, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,10 @@ class BackboneContract:
         assert torch.equal(torch.rand(4), expected)
         assert same.fingerprint == backbone.fingerprint
         assert other.fingerprint != backbone.fingerprint
+
+    def test_gpus_are_not_reseeded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("reseeded the GPUs"))
+        build_backbone(self.name, strides=self.strides, weights="random", seed=3)
 
     def test_fingerprint_knows_every_weight_and_the_strides(self, backbone: Backbone) -> None:
         changed = build_backbone(self.name, strides=self.strides, weights="random", seed=3)
@@ -213,6 +218,16 @@ class TestEmbeddedWeights:
             map_lite_weights(fewer)
 
 
+class RunsCode:
+    """Its pickle makes a file when it is read by a careless loader."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
 class TestWeightFiles:
     @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
     @pytest.mark.parametrize("ending", [".pth", ".bin", ".safetensors"])
@@ -250,21 +265,24 @@ class TestWeightFiles:
             build_backbone("resnet10t", weights=tmp_path / "w.pth")
 
     def test_absent_file(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no weight file at .*nothing.pth"):
+        with pytest.raises(DataError, match=r"no weight file at .*nothing.pth"):
             build_backbone("resnet10t", weights=tmp_path / "nothing.pth")
 
     @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
     def test_damaged_file(self, tmp_path: Path, ending: str) -> None:
         path = tmp_path / f"damaged{ending}"
         path.write_bytes(b"no weights here")
-        with pytest.raises(DataError, match="cannot read weights from .*damaged"):
+        with pytest.raises(DataError, match=r"cannot read weights from .*damaged"):
             build_backbone("resnet10t", weights=path)
 
     def test_a_pickle_that_runs_code_is_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "evil.pth"
-        torch.save({"weights": Path("executed")}, path)  # a class of its own needs unpickling code
-        with pytest.raises(DataError, match="cannot read weights from .*evil.pth"):
+        path, mark = tmp_path / "evil.pth", tmp_path / "executed"
+        torch.save({"weights": RunsCode(mark)}, path)
+        with pytest.raises(DataError, match=r"cannot read weights from .*evil.pth"):
             build_backbone("resnet10t", weights=path)
+        assert not mark.exists()
+        torch.load(path, weights_only=False)
+        assert mark.exists()  # the file is as dangerous as it should be for this test
 
     def test_no_state_dict(self, tmp_path: Path) -> None:
         torch.save([torch.zeros(1)], tmp_path / "list.pth")
@@ -275,7 +293,7 @@ class TestWeightFiles:
 class TestBadRequests:
     def test_unknown_name_suggests_close_ones(self) -> None:
         with pytest.raises(
-            DataError, match="unknown backbone 'tf_eficientnet_lite0'.*did you mean tf_efficientnet_lite0"
+            DataError, match=r"unknown backbone 'tf_eficientnet_lite0'.*did you mean tf_efficientnet_lite0"
         ):
             build_backbone("tf_eficientnet_lite0", weights="random")
 
@@ -291,5 +309,5 @@ class TestBadRequests:
     def test_an_encoder_that_drops_the_border_says_so(self) -> None:
         backbone = build_backbone("convnext_atto", strides=(8, 32), weights="random")
         assert [tuple(level.shape[2:]) for level in backbone(torch.rand(1, 3, 64, 96))] == [(8, 12), (2, 3)]
-        with pytest.raises(DataError, match="drops the border of 100 x 75 images.*multiple of 32"):
+        with pytest.raises(DataError, match=r"drops the border of 100 x 75 images.*multiple of 32"):
             backbone(torch.rand(1, 3, 100, 75))

@@ -1,286 +1,368 @@
-"""Feature store: what is computed, what is kept, what is thrown away, and that nothing of it changes a value."""
+"""Feature store: computed once, never wrong, never over the budget. Mask store."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from episodes.augment import EpisodeTransform
-from episodes.types import DataError, MaskSource, UInt8Array
-from fewshot_seg.backbones import Backbone, build_backbone
+from episodes.sources import SyntheticSource, VocSource
+from episodes.types import DataError, UInt8Array
+from fewshot_seg import features
+from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
 
-SIZE = 40  # no multiple of 16: maps are 5 x 5 and 3 x 3
-IDS = tuple(f"photo{i}" for i in range(6))
+SIZE = 48
+SHAPES = [(4, 12, 12), (6, 6, 6)]
+TENSOR_BYTES = 2 * (4 * 12 * 12 + 6 * 6 * 6)
 
 
-class Photos:
-    """A MaskSource of noise; `version` is what a changed file is to a real source."""
+class TinyEncoder(nn.Module):
+    """Two levels, at strides 4 and 8."""
 
-    name = "photos"
-    class_names: Mapping[int, str] = {1: "thing"}
-
-    def __init__(self) -> None:
-        self.version = dict.fromkeys(IDS, 0)
-
-    def ids(self, split: str) -> Sequence[str]:  # noqa: ARG002
-        return IDS
-
-    def image(self, image_id: str) -> UInt8Array:
-        seed = [IDS.index(image_id), self.version[image_id]]
-        return np.random.default_rng(seed).integers(0, 256, (50, 60, 3), dtype=np.uint8)
-
-    def mask(self, image_id: str, class_id: int) -> UInt8Array:
-        mask = np.zeros((50, 60), np.uint8)
-        mask[10 : 20 + class_id, 5:30] = 1
-        mask[:, -6:] = 255
-        mask[0, 0] = IDS.index(image_id) % 2
-        return mask
-
-    def class_areas(self, image_id: str) -> Mapping[int, int]:  # noqa: ARG002
-        return {1: 1}
-
-    def fingerprint(self, image_ids: Sequence[str]) -> str:
-        return "-".join(f"{i}:{self.version[i]}" for i in image_ids)
-
-
-class Encoder(nn.Module):
-    """Two small stages with the interface of segmentation-models-pytorch's encoders, and a counter."""
-
-    out_channels = (3, 0, 0, 4, 6)
-
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
+        self.out_channels = [3, 0, 4, 6]
+        self.first = nn.Conv2d(3, 4, 4, stride=4)
+        self.second = nn.Conv2d(4, 6, 2, stride=2)
         generator = torch.Generator().manual_seed(seed)
-        self.first, self.second = nn.Conv2d(3, 4, 8, stride=8), nn.Conv2d(4, 6, 3, stride=2, padding=1)
         for parameter in self.parameters():
-            parameter.data.normal_(generator=generator)
-        self.images_seen = 0
-        self.batches: list[int] = []
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 3
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        self.images_seen += len(images)
-        self.batches.append(len(images))
-        first = self.first(images)
-        return [images, images, images, first, self.second(first)]
+        fine = self.first(images)
+        return [images, images[:, :0], fine, self.second(fine)]
 
 
-def make_backbone(seed: int = 0) -> Backbone:
-    return Backbone(Encoder(seed), name="tiny", strides=(8, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+class CountingBackbone(Backbone):
+    """Counts the images that it was asked to embed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        neutral = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        super().__init__(TinyEncoder(seed), name="tiny", strides=(4, 8), **neutral)
+        self.images = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        self.images += len(images)
+        return super().forward(images)
 
 
-def seen(backbone: Backbone) -> int:
-    count: int = backbone.encoder.images_seen  # type: ignore[assignment]
-    return count
+SOURCE = SyntheticSource(seed=3, base_classes=2, novel_classes=2, images_per_class=4, size=40)
+IDS = SOURCE.ids("train")  # 8
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
+@pytest.fixture
+def backbone() -> CountingBackbone:
+    return CountingBackbone()
 
 
-ONE_IMAGE = 2 * (4 * 5 * 5 + 6 * 3 * 3)  # bytes in half precision
+def stored_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def expected_features(backbone: Backbone, source: Any, image_ids: Sequence[str], size: int = SIZE) -> list[Tensor]:
+    transform = EpisodeTransform("none", size)
+    images = []
+    for image_id in image_ids:
+        image = source.image(image_id)
+        images.append(transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
+    return [level.half().float() for level in backbone(torch.stack(images))]
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture(params=["disk", "memory"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    return tmp_path / "features" if request.param == "disk" else None
+    return tmp_path / "cache" if request.param == "disk" else None
 
 
-def test_the_source_of_these_tests_is_one() -> None:
-    assert isinstance(Photos(), MaskSource)
+class TestBothKinds:
+    """What a store does, whether it keeps files or memory."""
 
-
-class TestOnDiskAndInMemory:
-    def test_equals_the_backbone_rounded_to_half_precision(self, directory: Path | None) -> None:
-        backbone, source = make_backbone(), Photos()
-        store = FeatureStore(backbone, source, size=SIZE, directory=directory)
-        transform, nothing = EpisodeTransform("none", SIZE), np.zeros((50, 60), np.uint8)
-        images = torch.stack([transform(source.image(i), nothing, seed=0)[0] for i in IDS[:3]])
-        levels = store.get(IDS[:3])
-        assert [tuple(level.shape) for level in levels] == [(3, 4, 5, 5), (3, 6, 3, 3)]
-        for level, expected in zip(levels, backbone(images), strict=True):
-            assert level.dtype == torch.float32
-            assert torch.equal(level, expected.half().float())
-
-    def test_each_image_is_computed_once_and_stays_equal(self, directory: Path | None) -> None:
-        backbone = make_backbone()
-        store = FeatureStore(backbone, Photos(), size=SIZE, directory=directory)
-        first = store.get(IDS)
-        assert seen(backbone) == 6
-        again = store.get(IDS)
-        assert seen(backbone) == 6
-        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
-
-    def test_order_and_repetition_are_the_callers(self, directory: Path | None) -> None:
-        backbone = make_backbone()
-        store = FeatureStore(backbone, Photos(), size=SIZE, directory=directory)
-        levels = store.get([IDS[2], IDS[0], IDS[2]])
-        assert seen(backbone) == 2
-        for level, alone in zip(levels, store.get([IDS[0]]), strict=True):
-            assert torch.equal(level[0], level[2])
-            assert torch.equal(level[1], alone[0])
-            assert not torch.equal(level[0], level[1])
-
-    def test_results_may_be_changed_by_the_caller(self, directory: Path | None) -> None:
-        store = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=directory)
-        first = store.get(IDS[:1])[0]
-        copy = first.clone()
-        first.zero_()
-        assert torch.equal(store.get(IDS[:1])[0], copy)
-
-    def test_ensure_computes_only_what_is_missing_in_batches(
-        self, directory: Path | None, capsys: pytest.CaptureFixture[str]
+    def test_gives_the_backbones_features_in_half_precision(
+        self, backbone: CountingBackbone, directory: Path | None
     ) -> None:
-        backbone = make_backbone()
-        store = FeatureStore(backbone, Photos(), size=SIZE, directory=directory, batch_size=2)
-        store.get(IDS[:1])
-        store.ensure([*IDS, IDS[1]], show_progress=True)
-        assert backbone.encoder.batches == [1, 2, 2, 1]
-        captured = capsys.readouterr()
-        assert "5/5" in captured.err
-        assert captured.out == ""
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        levels = store.get(IDS[:3])
+        assert [(level.dtype, tuple(level.shape)) for level in levels] == [
+            (torch.float32, (3, *shape)) for shape in SHAPES
+        ]
+        assert_same(levels, expected_features(CountingBackbone(), SOURCE, IDS[:3]))
+
+    def test_computes_each_image_once_and_gives_the_same_again(
+        self, backbone: CountingBackbone, directory: Path | None
+    ) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, batch_size=2)
+        fresh = store.get([IDS[0], IDS[1], IDS[0], IDS[2]])  # repeated ids are one image
+        assert backbone.images == 3
+        assert_same([level[0] for level in fresh], [level[2] for level in fresh])
+        cached = store.get([IDS[0], IDS[1], IDS[0], IDS[2]])
+        assert backbone.images == 3
+        assert_same(cached, fresh)
+        turned = store.get([IDS[2], IDS[3], IDS[1]])  # one of them new, another order
+        assert backbone.images == 4
+        assert_same([level[[2, 0]] for level in turned], [level[[1, 3]] for level in fresh])
+
+    def test_ensure_computes_what_is_missing(self, backbone: CountingBackbone, directory: Path | None) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, batch_size=3)
+        store.get(IDS[:2])
+        store.ensure([*IDS, *IDS])
+        assert backbone.images == len(IDS)
         store.ensure(IDS)
-        assert seen(backbone) == 6
+        store.get(IDS)
+        assert backbone.images == len(IDS)
 
-    def test_budget_keeps_the_most_recently_used(self, directory: Path | None) -> None:
-        backbone = make_backbone()
-        store = FeatureStore(
-            backbone, Photos(), size=SIZE, directory=directory, byte_budget=3 * ONE_IMAGE + 5, batch_size=1
-        )
-        store.ensure(IDS[:3])
-        store.get([IDS[0]])  # now 1 is the oldest
+    def test_progress_goes_to_stderr_only_when_asked(
+        self, backbone: CountingBackbone, directory: Path | None, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        store.ensure(IDS[:4])
+        assert capfd.readouterr().err == ""
+        store.ensure(IDS, show_progress=True)
+        captured = capfd.readouterr()
+        assert "4/4" in captured.err
+        assert captured.out == ""
+
+    def test_writing_to_the_result_does_not_change_what_is_kept(
+        self, backbone: CountingBackbone, directory: Path | None
+    ) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        first = store.get(IDS[:1])
+        kept = [level.clone() for level in first]
+        for level in first:
+            level.zero_()
+        assert_same(store.get(IDS[:1]), kept)
+
+    def test_the_least_recently_used_goes_first(self, backbone: CountingBackbone, directory: Path | None) -> None:
+        budget = 3 * (TENSOR_BYTES + 250)  # three images and their file headers
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget, batch_size=1)
+        for image_id in IDS[:3]:
+            store.get([image_id])
+        store.get([IDS[0]])  # 1 is now the oldest
         store.get([IDS[3]])
-        assert seen(backbone) == 4
+        assert backbone.images == 4
         store.get([IDS[0], IDS[2], IDS[3]])
-        assert seen(backbone) == 4
+        assert backbone.images == 4
         store.get([IDS[1]])
-        assert seen(backbone) == 5
+        assert backbone.images == 5
 
-    def test_more_images_than_the_budget_holds_are_still_served(self, directory: Path | None) -> None:
-        backbone = make_backbone()
-        small = FeatureStore(backbone, Photos(), size=SIZE, directory=directory, byte_budget=2 * ONE_IMAGE)
-        large = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=None)
-        for left, right in zip(small.get(IDS), large.get(IDS), strict=True):
-            assert torch.equal(left, right)
-        if directory is not None:
-            assert len(files(directory)) == 2
+    def test_more_images_at_once_than_the_budget_holds(
+        self, backbone: CountingBackbone, directory: Path | None
+    ) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=2 * TENSOR_BYTES)
+        assert_same(store.get(IDS), expected_features(CountingBackbone(), SOURCE, IDS))
 
-    def test_a_changed_image_is_computed_anew(self, directory: Path | None) -> None:
-        source, backbone = Photos(), make_backbone()
-        before = FeatureStore(backbone, source, size=SIZE, directory=directory).get(IDS[:2])
-        source.version[IDS[0]] = 1
-        after = FeatureStore(backbone, source, size=SIZE, directory=directory).get(IDS[:2])
-        assert not torch.equal(before[0][0], after[0][0])
-        assert torch.equal(before[0][1], after[0][1])
-
-    def test_a_budget_below_one_image_is_refused(self, directory: Path | None) -> None:
-        with pytest.raises(DataError, match=rf"{ONE_IMAGE - 1} bytes cannot hold one image \({ONE_IMAGE} bytes\)"):
-            FeatureStore(make_backbone(), Photos(), size=SIZE, directory=directory, byte_budget=ONE_IMAGE - 1)
+    def test_a_budget_below_one_image(self, backbone: CountingBackbone, directory: Path | None) -> None:
+        expected = r"feature cache of 100 bytes cannot hold one image \(\d+ bytes\); raise --cache-gigabytes"
+        with pytest.raises(DataError, match=expected):
+            FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=100)
 
 
-class TestOnDisk:
-    def test_a_later_run_finds_the_files(self, tmp_path: Path) -> None:
-        first = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=tmp_path).get(IDS)
-        backbone = make_backbone()
-        again = FeatureStore(backbone, Photos(), size=SIZE, directory=tmp_path).get(IDS)
-        assert seen(backbone) == 0
-        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
-        assert len(files(tmp_path)) == len(IDS)
-        assert not [path for path in tmp_path.rglob(".*")]
+class TestFiles:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        return tmp_path / "cache"
 
-    def test_other_weights_and_other_sizes_share_nothing(self, tmp_path: Path) -> None:
-        for backbone, size in ((make_backbone(0), SIZE), (make_backbone(1), SIZE), (make_backbone(0), 48)):
-            FeatureStore(backbone, Photos(), size=size, directory=tmp_path).get(IDS[:2])
-            assert seen(backbone) == 2
-        assert len(files(tmp_path)) == 6
-        assert len({path.parent for path in files(tmp_path)}) == 3
+    def test_a_second_run_computes_nothing(self, backbone: CountingBackbone, directory: Path) -> None:
+        fresh = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS)
+        again = CountingBackbone()
+        assert_same(FeatureStore(again, SOURCE, size=SIZE, directory=directory).get(IDS), fresh)
+        assert again.images == 0
 
-    @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "shape"])
-    def test_damaged_files_are_replaced(self, tmp_path: Path, damage: str) -> None:
-        store = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=tmp_path)
-        expected = store.get(IDS[:1])
-        (path,) = files(tmp_path)
-        if damage == "shape":
-            FeatureStore(make_backbone(), Photos(), size=56, directory=tmp_path / "other").get(IDS[:1])
-            path.write_bytes(files(tmp_path / "other")[0].read_bytes())
+    def test_two_stores_on_one_folder_share(self, backbone: CountingBackbone, directory: Path) -> None:
+        one = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        other_backbone = CountingBackbone()
+        other = FeatureStore(other_backbone, SOURCE, size=SIZE, directory=directory)
+        fresh = one.get(IDS[:3])
+        assert_same(other.get(IDS[:3]), fresh)
+        other.get(IDS[3:5])
+        one.get(IDS[:5])
+        assert (backbone.images, other_backbone.images) == (3, 2)
+
+    def test_a_file_that_another_store_evicted_is_computed_anew(
+        self, backbone: CountingBackbone, directory: Path
+    ) -> None:
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        fresh = store.get(IDS[:2])
+        stored_files(directory)[0].unlink()
+        assert_same(store.get(IDS[:2]), fresh)
+        assert backbone.images == 3
+
+    def test_other_weights_and_other_sizes_never_share(self, backbone: CountingBackbone, directory: Path) -> None:
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS[:1])
+        other = CountingBackbone(seed=1)
+        levels = FeatureStore(other, SOURCE, size=SIZE, directory=directory).get(IDS[:1])
+        assert_same(levels, expected_features(CountingBackbone(seed=1), SOURCE, IDS[:1]))
+        larger = FeatureStore(backbone, SOURCE, size=2 * SIZE, directory=directory).get(IDS[:1])
+        assert larger[0].shape[-2:] == (24, 24)
+        assert (backbone.images, other.images) == (2, 1)
+
+    def test_equal_ids_of_other_sources_never_share(self, backbone: CountingBackbone, directory: Path) -> None:
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS[:1])
+        other = SyntheticSource(seed=4, base_classes=2, novel_classes=2, images_per_class=4, size=40)
+        levels = FeatureStore(backbone, other, size=SIZE, directory=directory).get(IDS[:1])
+        assert_same(levels, expected_features(CountingBackbone(), other, IDS[:1]))
+
+    def test_a_changed_image_is_computed_anew(
+        self, backbone: CountingBackbone, directory: Path, tiny_voc: Path
+    ) -> None:
+        source = VocSource(tiny_voc)
+        image_id, other_id = source.ids("val")[:2]
+        before = FeatureStore(backbone, source, size=SIZE, directory=directory).get([image_id, other_id])
+        photo = source.image_file(image_id)
+        Image.new("RGB", (64, 56), (10, 200, 30)).save(photo)
+        os.utime(photo, ns=(1, 1))  # a clock of coarse ticks must not make this test pass or fail by chance
+        after = FeatureStore(backbone, source, size=SIZE, directory=directory).get([image_id, other_id])
+        assert backbone.images == 3
+        assert not torch.equal(after[0][0], before[0][0])
+        assert_same([level[1] for level in after], [level[1] for level in before])
+        assert_same(after, expected_features(CountingBackbone(), source, [image_id, other_id]))
+
+    @pytest.mark.parametrize("damage", ["empty", "truncated", "overwritten", "shape", "level", "dtype"])
+    def test_a_damaged_file_is_computed_anew(self, backbone: CountingBackbone, directory: Path, damage: str) -> None:
+        fresh = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS[:2])
+        victim = stored_files(directory)[0]
+        whole = victim.read_bytes()
+        tensors = {name: tensor.clone() for name, tensor in load_file(victim).items()}
+        if damage == "empty":
+            victim.write_bytes(b"")
+        elif damage == "truncated":
+            victim.write_bytes(whole[: len(whole) // 2])
+        elif damage == "overwritten":
+            victim.write_bytes(b"\xff" * len(whole))
+        elif damage == "shape":
+            save_file({name: tensor[:, 1:].contiguous() for name, tensor in tensors.items()}, victim)
+        elif damage == "level":
+            save_file({"level0": tensors["level0"]}, victim)
         else:
-            whole = path.read_bytes()
-            path.write_bytes({"cut": whole[:-9], "noise": os.urandom(len(whole)), "empty": b""}[damage])
-        with pytest.warns(UserWarning, match=f"{path.name}.*computing it anew"):
-            actual = store.get(IDS[:1])
-        assert all(torch.equal(left, right) for left, right in zip(actual, expected, strict=True))
-        backbone = make_backbone()
-        FeatureStore(backbone, Photos(), size=SIZE, directory=tmp_path).get(IDS[:1])
-        assert seen(backbone) == 0
+            save_file({name: tensor.int() for name, tensor in tensors.items()}, victim)
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory)
+        with pytest.warns(UserWarning, match=rf"{victim.name}.*computing it anew"):
+            assert_same(store.get(IDS[:2]), fresh)
+        assert backbone.images == 3
+        assert victim.read_bytes() == whole  # mended
 
-    def test_two_stores_share_one_folder(self, tmp_path: Path) -> None:
-        first_backbone, second_backbone = make_backbone(), make_backbone()
-        first = FeatureStore(first_backbone, Photos(), size=SIZE, directory=tmp_path)
-        second = FeatureStore(second_backbone, Photos(), size=SIZE, directory=tmp_path)
-        first.ensure(IDS[:4])
-        second.ensure(IDS)
-        assert (seen(first_backbone), seen(second_backbone)) == (4, 2)
-        for path in files(tmp_path):  # as if the other had evicted everything
-            path.unlink()
-        assert all(torch.equal(left, right) for left, right in zip(first.get(IDS), second.get(IDS), strict=True))
+    def test_the_folder_stays_within_the_budget(self, backbone: CountingBackbone, directory: Path) -> None:
+        budget = 7 * TENSOR_BYTES // 2
+        store = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget, batch_size=1)
+        for image_id in [*IDS, *IDS[:3]]:
+            store.get([image_id])
+            assert sum(file.stat().st_size for file in stored_files(directory)) <= budget
+        assert len(stored_files(directory)) == 3
 
-    def test_a_file_that_another_run_is_writing_is_left_alone(self, tmp_path: Path) -> None:
-        arguments = {"size": SIZE, "directory": tmp_path, "byte_budget": ONE_IMAGE}
-        FeatureStore(make_backbone(), Photos(), **arguments).get(IDS[:1])  # type: ignore[arg-type]
-        unfinished = files(tmp_path)[0].with_name(".half-written.safetensors")
-        unfinished.write_bytes(b"")
-        os.utime(unfinished, (0, 0))
-        FeatureStore(make_backbone(), Photos(), **arguments).get(IDS[:4])  # type: ignore[arg-type]
-        assert unfinished.exists()
-        assert len(files(tmp_path)) == 2
+    def test_other_backbones_and_sizes_count_too(self, backbone: CountingBackbone, directory: Path) -> None:
+        FeatureStore(CountingBackbone(seed=1), SOURCE, size=SIZE, directory=directory).get(IDS[:2])
+        foreign = directory / "my-weights" / "best.safetensors"
+        foreign.parent.mkdir()
+        foreign.write_bytes(b"user's own")
+        budget = 7 * TENSOR_BYTES // 2
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget).get(IDS[:2])
+        ours = [file for file in stored_files(directory) if file != foreign]
+        assert foreign.read_bytes() == b"user's own"
+        assert sum(file.stat().st_size for file in ours) <= budget
+        folders = [file.parent.name for file in ours]
+        assert folders.count(f"{backbone.fingerprint[:16]}-{SIZE}") == 2  # it was the others' turn to go
+        assert len(folders) == 3
 
-    def test_the_budget_counts_files_of_earlier_runs_oldest_first(self, tmp_path: Path) -> None:
-        FeatureStore(make_backbone(), Photos(), size=SIZE, directory=tmp_path, batch_size=1).ensure(IDS[:3])
-        names = {path.name for path in files(tmp_path)}
-        oldest = files(tmp_path)[1]
-        os.utime(oldest, (1, 1))
-        later = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=tmp_path, byte_budget=3 * ONE_IMAGE)
-        later.get(IDS[3:4])
-        kept = {path.name for path in files(tmp_path)}
-        assert len(kept) == 3
-        assert names - kept == {oldest.name}
+    def test_use_is_remembered_across_runs_near_the_budget(self, backbone: CountingBackbone, directory: Path) -> None:
+        budget = 7 * TENSOR_BYTES // 2
+        for position, image_id in enumerate(IDS[:3]):
+            known = set(stored_files(directory))
+            FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get([image_id])
+            (written,) = set(stored_files(directory)) - known
+            os.utime(written, ns=(position, position))
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget).get([IDS[0]])
+        later = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget)
+        later.get([IDS[3]])  # sends 1 away, not 0
+        assert backbone.images == 4
+        later.get([IDS[0], IDS[2], IDS[3]])
+        assert backbone.images == 4
 
-    def test_an_interrupted_write_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
+    def test_an_interrupted_ensure_leaves_whole_files_and_is_repeated(
+        self, backbone: CountingBackbone, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = 0
 
-        monkeypatch.setattr("fewshot_seg.features.save_file", interrupt)
-        store = FeatureStore(make_backbone(), Photos(), size=SIZE, directory=tmp_path)
+        def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
+            nonlocal written
+            written += 1
+            save_file(tensors, path)
+            if written == 4:
+                os.truncate(path, 50)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(features, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            store.ensure(IDS)
-        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+            FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, batch_size=2).ensure(IDS)
+        monkeypatch.undo()
+        files = stored_files(directory)
+        assert len(files) == 3
+        assert all(set(load_file(file)) == {"level0", "level1"} for file in files)
+        again = CountingBackbone()
+        store = FeatureStore(again, SOURCE, size=SIZE, directory=directory)
+        store.ensure(IDS)
+        assert again.images == len(IDS) - 3
+        assert_same(store.get(IDS), expected_features(CountingBackbone(), SOURCE, IDS))
 
-    def test_a_real_backbone(self, tmp_path: Path) -> None:
-        backbone = build_backbone("resnet10t", strides=(16, 32), weights="random")
-        store = FeatureStore(backbone, Photos(), size=64, directory=tmp_path)
-        assert [tuple(level.shape) for level in store.get(IDS[:2])] == [(2, 256, 4, 4), (2, 512, 2, 2)]
+    def test_a_folder_that_cannot_be_written(self, backbone: CountingBackbone, tmp_path: Path) -> None:
+        blocked = tmp_path / "file"
+        blocked.write_text("not a folder")
+        with pytest.raises(DataError, match="choose a folder you may write to"):
+            FeatureStore(backbone, SOURCE, size=SIZE, directory=blocked).get(IDS[:1])
+
+
+class CountingSource(SyntheticSource):
+    """Counts the masks that were read."""
+
+    masks_read = 0
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        type(self).masks_read += 1
+        return super().mask(image_id, class_id)
 
 
 class TestMaskStore:
-    def test_equals_the_transform(self) -> None:
-        source = Photos()
-        store = MaskStore(source, size=SIZE)
-        transform = EpisodeTransform("none", SIZE)
-        pairs = [(IDS[0], 1), (IDS[1], 2), (IDS[0], 1)]
-        for _ in range(2):  # computed, then kept
-            masks = store.get([image for image, _ in pairs], [class_id for _, class_id in pairs])
-            assert masks.dtype == torch.uint8
+    def test_equals_the_transform_and_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(CountingSource, "masks_read", 0)
+        source = CountingSource(seed=3, base_classes=2, novel_classes=2, images_per_class=4, size=40)
+        store, transform = MaskStore(source, size=SIZE), EpisodeTransform("none", SIZE)
+        pairs = [(IDS[0], 1), (IDS[1], 2), (IDS[0], 2), (IDS[0], 1)]
+        for _ in range(2):
+            masks = store.get(*zip(*pairs, strict=True))
             for mask, (image_id, class_id) in zip(masks, pairs, strict=True):
-                expected = transform(source.image(image_id), source.mask(image_id, class_id), seed=0)[1]
+                expected = transform(SOURCE.image(image_id), SOURCE.mask(image_id, class_id), seed=0)[1]
                 assert torch.equal(mask, expected)
-        assert set(masks.unique().tolist()) == {0, 1, 255}
+        assert masks.dtype == torch.uint8
+        assert source.masks_read == 3
 
-    def test_unequal_lengths(self) -> None:
-        with pytest.raises(ValueError, match="zip"):
-            MaskStore(Photos(), size=SIZE).get(IDS[:2], [1])
+    def test_keeps_ignored_pixels(self, tiny_voc: Path) -> None:
+        source = VocSource(tiny_voc)
+        image_id = source.ids("val")[0]
+        class_id = next(iter(source.class_areas(image_id)))
+        (mask,) = MaskStore(source, size=SIZE).get([image_id], [class_id])
+        expected = EpisodeTransform("none", SIZE)(source.image(image_id), source.mask(image_id, class_id), seed=0)[1]
+        assert torch.equal(mask, expected)
+        assert set(mask.unique().tolist()) == {0, 1, 255}
+
+    def test_writing_to_the_result_does_not_change_what_is_kept(self) -> None:
+        store = MaskStore(SOURCE, size=SIZE)
+        kept = store.get(IDS[:1], [1])
+        store.get(IDS[:1], [1]).fill_(9)
+        assert torch.equal(store.get(IDS[:1], [1]), kept)
+
+    def test_ids_and_classes_that_do_not_pair(self) -> None:
+        with pytest.raises(ValueError, match="shorter"):
+            MaskStore(SOURCE, size=SIZE).get(IDS[:2], [1])

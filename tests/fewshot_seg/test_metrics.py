@@ -76,6 +76,35 @@ class TestEpisodeIoU:
         assert result.fb_iou == pytest.approx(100 * (5 / 7 + background) / 2)
         assert result.episodes == 2
 
+    def test_the_two_means_can_be_a_third_apart(self) -> None:
+        """Ten object pixels found out of ten, two missed out of two: pooled 10/12 = 0.83, mean per image 0.50."""
+        targets = torch.zeros(2, 1, 12, dtype=torch.uint8)
+        targets[0, 0, :10], targets[1, 0, :2] = 1, 1
+        predictions = torch.zeros(2, 1, 12)
+        predictions[0, 0, :10] = 1
+        metric = score(predictions, targets, [1, 1])
+        assert metric.compute().miou == pytest.approx(100 * 10 / 12)
+        assert metric.episode_iou().mean() == 50.0
+
+    def test_nothing_to_find_and_nothing_found_is_perfect(self) -> None:
+        nothing = torch.zeros(1, 2, 2, dtype=torch.uint8)
+        metric = score(nothing, nothing, [1])
+        result = metric.compute()
+        assert (result.miou, result.fb_iou, result.per_class) == (100.0, 100.0, {1: 100.0})
+        assert metric.episode_iou().tolist() == [100.0]
+        missed = score(1 - nothing, nothing, [1])  # something found where nothing is
+        assert missed.compute().miou == 0
+        assert missed.episode_iou().tolist() == [0.0]
+        ignored = score(nothing, nothing + 255, [1])
+        assert ignored.compute().miou == 100.0
+
+    def test_identical_episodes_have_an_interval_of_no_width(self) -> None:
+        predictions, targets, _ = episodes(1, seed=4)
+        result = score(predictions.repeat(6, 1, 1), targets.repeat(6, 1, 1), [1, 1, 1, 2, 2, 2]).compute()
+        assert result.miou_low == pytest.approx(result.miou, rel=1e-12)
+        assert result.miou_high == pytest.approx(result.miou, rel=1e-12)
+        assert result.fb_iou_low == pytest.approx(result.fb_iou_high, rel=1e-12)
+
     def test_mean_over_classes_not_over_episodes(self) -> None:
         targets = torch.ones(3, 1, 4, dtype=torch.uint8)
         predictions = torch.tensor([[[1, 1, 1, 1]], [[1, 1, 1, 1]], [[1, 0, 0, 0]]])
@@ -110,8 +139,7 @@ class TestEpisodeIoU:
             rows = order[start : start + batch]
             metric.update(predictions[rows], targets[rows], torch.tensor(class_ids)[rows])
         result = metric.compute(resamples=2)
-        assert (result.miou, result.fb_iou) == (expected.miou, expected.fb_iou)
-        assert result.per_class == expected.per_class
+        assert result == expected  # the bounds too
         assert len(metric) == 8
 
     def test_bootstrap_equals_a_plain_loop(self) -> None:

@@ -1,0 +1,120 @@
+"""``fewshot-seg``: flags from the configuration classes, one-line errors, exit codes.
+
+0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from episodes.types import DataError
+from fewshot_seg import commands
+from fewshot_seg.config import (
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    PredictConfig,
+    Setting,
+    TrainConfig,
+    VerifyConfig,
+    resolve,
+    settings_of,
+)
+
+PROGRAM = "fewshot-seg"
+
+_Verb = tuple[type[Config], Callable[[Any], int], str]
+_VERBS: dict[str, _Verb] = {
+    "demo": (DemoConfig, commands.demo, "train and score on generated pictures: no data, no download"),
+    "train": (TrainConfig, commands.train, "train one fold"),
+    "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
+    "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
+    "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
+}
+_DATA_VERBS: dict[str, _Verb] = {
+    "verify": (VerifyConfig, commands.data_verify, "list every problem of a data set by file"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its result has `config_class`, `command`, `config` and the given settings."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Segment an object from one to five labelled examples, and see why.",
+        allow_abbrev=False,
+    )
+    version = importlib.metadata.version("fewshot-seg")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in _VERBS.items():
+        _add_verb(verbs, name, verb)
+    data = verbs.add_parser("data", help="look after a data set", allow_abbrev=False)
+    data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in _DATA_VERBS.items():
+        _add_verb(data_verbs, name, verb)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, verb: _Verb) -> None:
+    config_class, command, explanation = verb
+    parser = verbs.add_parser(name, help=explanation, description=explanation, allow_abbrev=False)
+    parser.set_defaults(config_class=config_class, command=command)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
+    for setting in settings_of(config_class):
+        parser.add_argument(setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_options(setting))
+
+
+def _options(setting: Setting) -> dict[str, Any]:
+    options: dict[str, Any] = {"help": _help(setting)}
+    if setting.kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    options["type"] = _path if setting.kind is Path else setting.kind
+    options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else _metavar(setting)
+    if setting.many:
+        options |= {"nargs": "+", "action": "extend"}  # --support A:M B:N and --support A:M --support B:N
+    return options
+
+
+def _metavar(setting: Setting) -> str:
+    return {Path: "PATH", int: "N", float: "X"}.get(setting.kind, "TEXT")
+
+
+def _help(setting: Setting) -> str:
+    text = setting.help.replace("%", "%%")
+    if setting.required:
+        return f"{text} (required)"
+    if setting.default is None or (setting.kind is bool and not setting.default):
+        return text
+    default = " ".join(map(str, setting.default)) if setting.many else setting.default
+    return f"{text} (default: {default})"
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        given = vars(build_parser().parse_args(arguments))
+        config_class, command, file = (given.pop(name) for name in ("config_class", "command", "config"))
+        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        code: int = command(resolve(config_class, flags, file))
+    except DataError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; a training goes on with --resume", file=sys.stderr)
+        return 130
+    return code

@@ -1,0 +1,102 @@
+"""The method that a command scores, shows or applies: a trained model, or one prior map with nothing trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from episodes.types import DataError
+from fewshot_seg.backbones import EMBEDDED, build_backbone
+from fewshot_seg.checkpoint import load_segmenter
+from fewshot_seg.config import EpisodeSettings, ModelSettings
+from fewshot_seg.decoder import PriorReadout
+from fewshot_seg.evaluation import choose_threshold
+from fewshot_seg.experiment import FoldData, held_out_episodes
+from fewshot_seg.priors import PRIOR_CHANNELS
+from fewshot_seg.runs import open_data
+from fewshot_seg.runtime import pick_device
+from fewshot_seg.segmenter import FewShotSegmenter, training_free
+
+_THRESHOLD_EPISODES = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A segmenter and where it comes from.
+
+    Attributes:
+        segmenter: in evaluation mode, on its device.
+        name: for people, for example ``soft margin, training-free`` or the model's path.
+        resolution: side of the square it was trained at; None for a bare prior.
+        notes: of the model file.
+        threshold_origin: who chose the threshold; empty as long as nobody did.
+    """
+
+    segmenter: FewShotSegmenter
+    name: str
+    resolution: int | None
+    notes: dict[str, Any]
+    threshold_origin: str
+
+
+def open_method(settings: ModelSettings) -> Method:
+    """The model file of the settings, or a bare prior map.
+
+    Raises:
+        DataError: missing, damaged or foreign model file; unknown backbone or device.
+    """
+    device = pick_device(settings.device)
+    if settings.model is not None:
+        loaded = load_segmenter(settings.model, backbone_weights=settings.backbone_weights, device=device)
+        segmenter, name, origin = loaded.segmenter, str(settings.model), "of the model"
+        resolution, notes = loaded.resolution, loaded.notes
+    else:
+        backbone = build_backbone(
+            settings.backbone, strides=settings.strides, weights=settings.backbone_weights or EMBEDDED
+        )
+        channel = settings.prior_map or PRIOR_CHANNELS[0]
+        segmenter = training_free(backbone, channel=channel).to(device).eval()
+        if channel == "gradient attention":  # rectified and scaled to [0, 1], as it is shown
+            segmenter.decoder = PriorReadout(PRIOR_CHANNELS.index(channel), scaled=True)
+        name, origin, resolution, notes = f"{channel}, training-free", "", None, {}
+    if settings.threshold is not None:
+        segmenter.threshold, origin = settings.threshold, "given by --threshold"
+    return Method(segmenter=segmenter, name=name, resolution=resolution, notes=dict(notes), threshold_origin=origin)
+
+
+def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> tuple[Method, FoldData]:
+    """The method and the data it is scored on; a bare prior gets its threshold from held-out base classes.
+
+    Raises:
+        DataError: as `open_method` and `open_data`; a model that was trained on classes to be scored.
+    """
+    method = open_method(settings)
+    noted = method.notes.get("fold")
+    data = open_data(
+        settings,
+        settings,
+        method.segmenter.backbone,
+        fold=settings.fold if settings.fold is not None else int(noted or 0),
+        resolution=settings.resolution or method.resolution,
+        show_progress=show_progress,
+    )
+    _check_classes(method, data)
+    if not method.threshold_origin:
+        episodes = held_out_episodes(data, shots=1, count=_THRESHOLD_EPISODES, seed=0)
+        threshold, _ = choose_threshold(method.segmenter, episodes, show_progress=show_progress)
+        method.segmenter.threshold = threshold
+        method = dataclasses.replace(method, threshold_origin="chosen on base classes")
+    return method, data
+
+
+def _check_classes(method: Method, data: FoldData) -> None:
+    if method.notes.get("source") != data.source.name:
+        return
+    seen = sorted(set(method.notes.get("base_classes", [])) & set(data.split.novel))
+    if seen:
+        names = ", ".join(data.source.class_names[class_id] for class_id in seen)
+        raise DataError(
+            f"{method.name} was trained on {names}, which fold {data.fold} scores as novel; "
+            f"use --fold {method.notes.get('fold')} or the model of fold {data.fold}"
+        )

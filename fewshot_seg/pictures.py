@@ -1,0 +1,129 @@
+"""Overlays, colour maps and labelled panels, as arrays; and picture files that are never half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from episodes.types import IGNORE, UInt8Array
+from fewshot_seg.runtime import atomic_path
+
+FloatArray = npt.NDArray[np.floating]
+Colour = tuple[int, int, int]
+
+# Two colours that people with any colour vision tell apart (Okabe and Ito), and that photos seldom show.
+OBJECT: Colour = (230, 159, 0)
+TRUTH: Colour = (86, 180, 233)
+_IGNORED: Colour = (128, 128, 128)
+
+_PANEL = 256
+_GAP = 10
+_LABEL = 22
+_TITLE = 28
+
+
+def colour_map(values: FloatArray) -> UInt8Array:
+    """Viridis, a perceptually uniform map: float (H, W) in [0, 1] -> uint8 (H, W, 3), dark blue to yellow.
+
+    >>> colour_map(np.array([[0.0, 1.0]])).tolist()
+    [[[68, 1, 84], [253, 231, 37]]]
+    """
+    levels = np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
+    coloured = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]  # OpenCV's order is blue, green, red
+    return np.ascontiguousarray(coloured, dtype=np.uint8)
+
+
+def overlay_mask(image: UInt8Array, mask: UInt8Array, colour: Colour = OBJECT, *, alpha: float = 0.45) -> UInt8Array:
+    """The photo with the mask tinted and outlined; ignored pixels are greyed.
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: uint8 (H, W), 1 = object, 255 = ignore.
+        colour: of the object.
+        alpha: strength of the tint in [0, 1].
+    """
+    result = image.astype(np.float32)
+    for value, tint in ((1, colour), (IGNORE, _IGNORED)):
+        result[mask == value] = (1 - alpha) * result[mask == value] + alpha * np.array(tint, np.float32)
+    painted = np.round(result).astype(np.uint8)
+    thickness = max(1, round(max(mask.shape) / 200))
+    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)
+    inside = (mask == 1).astype(np.uint8)
+    painted[cv2.dilate(inside, kernel) > inside] = colour
+    return painted
+
+
+def overlay_map(image: UInt8Array, values: FloatArray, *, alpha: float = 0.65) -> UInt8Array:
+    """A map float (H, W) in [0, 1] in viridis over the grey photo, uint8 (H, W, 3)."""
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    blended = (1 - alpha) * grey[..., None] + alpha * colour_map(values).astype(np.float32)
+    return np.asarray(np.round(blended), dtype=np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """A picture uint8 (H, W, 3), the line under it, and whether a viridis scale (low to high) goes with it."""
+
+    picture: UInt8Array
+    label: str
+    scale: bool = False
+
+
+def panel_sheet(rows: Sequence[Sequence[Panel]], title: str) -> UInt8Array:
+    """Labelled panels in rows under a title, uint8 (H, W, 3). Pictures keep their proportions."""
+    columns = max(len(row) for row in rows)
+    width = columns * (_PANEL + _GAP) + _GAP
+    height = _TITLE + _GAP + len(rows) * (_PANEL + _LABEL + _GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    ink = ImageDraw.Draw(sheet)
+    _text(ink, (_GAP, 6), title, 18, width - 2 * _GAP)
+    for number, row in enumerate(rows):
+        top = _TITLE + _GAP + number * (_PANEL + _LABEL + _GAP)
+        for column, panel in enumerate(row):
+            left = _GAP + column * (_PANEL + _GAP)
+            _draw_panel(sheet, ink, panel, left, top)
+    return np.asarray(sheet)
+
+
+def _draw_panel(sheet: Image.Image, ink: ImageDraw.ImageDraw, panel: Panel, left: int, top: int) -> None:
+    picture = Image.fromarray(panel.picture)
+    factor = _PANEL / max(picture.size)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC)
+    sheet.paste(picture, (left + (_PANEL - size[0]) // 2, top + (_PANEL - size[1]) // 2))
+    room = _PANEL
+    if panel.scale:
+        room -= 80
+        strip = colour_map(np.linspace(0, 1, 72)[None].repeat(10, axis=0))
+        sheet.paste(Image.fromarray(strip), (left + _PANEL - 72, top + _PANEL + 8))
+    _text(ink, (left, top + _PANEL + 4), panel.label, 14, room)
+
+
+def _text(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, room: int) -> None:
+    font = ImageFont.load_default(size)
+    while ink.textlength(text, font=font) > room and len(text) > 4:
+        text = text[:-4] + "..."
+    ink.text(place, text, fill=(20, 20, 20), font=font)
+
+
+def write_picture(path: Path, picture: UInt8Array) -> None:
+    """Write uint8 (H, W, 3) as PNG or JPEG by suffix, beside and renamed."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary, quality=90)
+
+
+_PALETTE = bytes([0, 0, 0, *OBJECT])
+
+
+def write_mask(path: Path, mask: UInt8Array) -> None:
+    """Write a mask uint8 (H, W) of 0 and 1 as an index PNG (mode P) whose palette makes it visible."""
+    indexed = Image.fromarray(mask)
+    indexed.putpalette(_PALETTE)
+    with atomic_path(path) as temporary:
+        indexed.save(temporary)

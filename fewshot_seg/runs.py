@@ -1,0 +1,215 @@
+"""Runs: data from settings, a training in its run folder, and the records that run folders keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from episodes.protocols import EpisodeProtocol, get_protocol
+from episodes.sources import SyntheticSource, VocSource
+from episodes.types import DataError, MaskSource
+from fewshot_seg.backbones import Backbone, build_backbone
+from fewshot_seg.checkpoint import save_segmenter
+from fewshot_seg.config import CacheSettings, Config, DataSettings, TrainConfig
+from fewshot_seg.evaluation import Evaluation
+from fewshot_seg.experiment import FoldData, TrainedFold, open_fold, protocol_for, train_fold
+from fewshot_seg.metrics import IoUResult
+from fewshot_seg.runtime import environment, read_json, write_json
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
+from fewshot_seg.training import CHECKPOINT_NAME
+
+MODEL_NAME = "model.safetensors"
+RUN_NAME = "run.json"
+
+_PASCAL_VAL_IMAGES = 1449
+_MAY_DIFFER = frozenset({"resume", "out", "cache", "cache_gigabytes", "device", "workers", "checkpoint_every"})
+"""Settings that may change between a run and its resumption: they do not change the weights."""
+
+
+def open_source(settings: DataSettings) -> MaskSource:
+    """The data set of the settings.
+
+    Raises:
+        DataError: no VOC layout at the root.
+    """
+    return SyntheticSource() if settings.data == "synthetic" else VocSource(_root(settings))
+
+
+def _root(settings: DataSettings) -> Path:
+    if settings.root is None:
+        raise DataError(f"--data {settings.data} needs --root DIR")
+    return settings.root
+
+
+def open_protocol(settings: DataSettings, source: MaskSource) -> EpisodeProtocol:
+    """The protocol of the settings, with the splits that the source has."""
+    return protocol_for(source, get_protocol(settings.protocol))
+
+
+def open_data(
+    settings: DataSettings,
+    cache: CacheSettings,
+    backbone: Backbone,
+    *,
+    fold: int,
+    validation_fold: int | None = None,
+    resolution: int | None = None,
+    show_progress: bool = False,
+) -> FoldData:
+    """Source, protocol, indices and caches of the settings."""
+    source = open_source(settings)
+    return open_fold(
+        source,
+        backbone,
+        open_protocol(settings, source),
+        fold=fold,
+        validation_fold=validation_fold,
+        resolution=resolution,
+        cache=cache.cache,
+        byte_budget=int(cache.cache_gigabytes * 2**30),
+        show_progress=show_progress,
+    )
+
+
+def benchmark_name(data: FoldData) -> str:
+    """``PASCAL-5i`` for all 1449 validation images, ``PASCAL-5i/N`` for N others, or the source's own name."""
+    if data.source.name != "voc":
+        return data.source.name
+    images = len(data.evaluation_index.image_ids)
+    return "PASCAL-5i" if images == _PASCAL_VAL_IMAGES else f"PASCAL-5i/{images}"
+
+
+def new_segmenter(backbone: Backbone, config: TrainConfig) -> FewShotSegmenter:
+    """The untrained model of a configuration, on the backbone's device."""
+    segmenter = build_segmenter(
+        backbone,
+        prior=config.prior,
+        appearance=config.appearance,
+        similarity_rank=config.similarity_rank,
+        decoder_width=config.decoder_width,
+        decoder_blocks=config.decoder_blocks,
+        attention=config.attention,
+        seed=config.seed,
+    )
+    return segmenter.to(next(backbone.parameters()).device)
+
+
+def train_configured(
+    data: FoldData, config: TrainConfig, *, folder: Path | None, show_progress: bool = False
+) -> TrainedFold:
+    """`train_fold` with the arguments of a configuration (which data to open is not read here)."""
+    return train_fold(
+        partial(new_segmenter, data.backbone, config),
+        data,
+        shots=config.shots,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=config.augment,
+        workers=config.workers,
+        select_threshold=config.select_threshold,
+        validation_episodes=config.validation_episodes,
+        folder=folder,
+        resume=config.resume,
+        show_progress=show_progress,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        metric_weight=config.metric_weight,
+        schedule=config.schedule,
+        checkpoint_every=config.checkpoint_every,
+    )
+
+
+def run_training(config: TrainConfig, *, device: torch.device, show_progress: bool = False) -> TrainedFold:
+    """Train one fold into `config.out`: ``model.safetensors``, ``run.json``, logs and checkpoints.
+
+    Raises:
+        DataError: bad data; a folder with an earlier run (without `resume`) or with other settings (with it).
+    """
+    _check_folder(config)
+    backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights).to(device)
+    data = open_data(
+        config,
+        config,
+        backbone,
+        fold=config.fold,
+        validation_fold=config.validation_fold,
+        resolution=config.resolution,
+        show_progress=show_progress,
+    )
+    record = run_record("train", config, data)
+    write_json(config.out / RUN_NAME, record | {"results": None})
+    trained = train_configured(data, config, folder=config.out, show_progress=show_progress)
+    results = {
+        "threshold": trained.segmenter.threshold,
+        "held_out_miou": trained.held_out_miou,
+        "steps": trained.result.steps,
+        "seconds": trained.result.seconds,
+    }
+    save_segmenter(
+        config.out / MODEL_NAME,
+        trained.segmenter,
+        backbone_weights=config.backbone_weights,
+        resolution=data.resolution,
+        notes={**record["data"], "source": data.source.name, "protocol": data.protocol.name, "shots": config.shots}
+        | results,
+    )
+    write_json(config.out / RUN_NAME, record | {"results": results})
+    return trained
+
+
+def _check_folder(config: TrainConfig) -> None:
+    names = (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}")
+    kept = [name for name in names if (config.out / name).exists()]
+    if not kept:
+        return
+    if not config.resume:
+        raise DataError(
+            f"{config.out} holds an earlier run ({kept[0]}); go on with it by --resume, or choose another --out"
+        )
+    stored = read_json(config.out / RUN_NAME, what="record of the run").get("configuration", {})
+    now = config.as_json()
+    changed = sorted(name for name in now.keys() - _MAY_DIFFER if stored.get(name) != now[name])
+    if changed:
+        differences = ", ".join(f"{name} was {stored.get(name)}, now {now[name]}" for name in changed)
+        raise DataError(f"cannot resume {config.out}: {differences}; use the same settings or another --out")
+
+
+def run_record(verb: str, config: Config, data: FoldData) -> dict[str, Any]:
+    """What a run folder's ``run.json`` says, but for the results."""
+    protocol = dataclasses.asdict(data.protocol)
+    return {
+        "verb": verb,
+        "configuration": config.as_json(),
+        "protocol": protocol | {"listed": sorted(map(list, data.protocol.listed))},
+        "data": {
+            "name": benchmark_name(data),
+            "fold": data.fold,
+            "base_classes": list(data.split.base),
+            "novel_classes": list(data.split.novel),
+            "fingerprint": data.fingerprint,
+        },
+        "environment": environment(),
+    }
+
+
+def score_record(result: IoUResult, class_names: Mapping[int, str]) -> dict[str, Any]:
+    """Scores in percent, [value, low, high] with the 95% interval, and per class by name; JSON-able."""
+    return {
+        "miou": [result.miou, result.miou_low, result.miou_high],
+        "fb_iou": [result.fb_iou, result.fb_iou_low, result.fb_iou_high],
+        "per_class": {class_names[class_id]: iou for class_id, iou in result.per_class.items()},
+    }
+
+
+def episode_records(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Every episode's spec and its foreground IoU in percent; JSON-able."""
+    return [
+        dataclasses.asdict(spec) | {"support_ids": list(spec.support_ids), "iou": float(iou)}
+        for spec, iou in zip(evaluation.specs, evaluation.episode_iou, strict=True)
+    ]

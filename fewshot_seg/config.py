@@ -242,7 +242,7 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     )
     validation_episodes: int = setting("episodes that choose the threshold", 200, minimum=1)
     shots: int = setting("supports per training episode", 1, minimum=1)
-    steps: int = setting("optimiser steps", 240, minimum=1)
+    steps: int = setting("optimiser steps", 160, minimum=1)
     batch_size: int = setting("episodes per step", 8, minimum=1)
     learning_rate: float = setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
     weight_decay: float = setting("weight decay of AdamW", 1e-2, minimum=0.0)

@@ -219,7 +219,7 @@ def train_fold(
     data: FoldData,
     *,
     shots: int = 1,
-    steps: int = 240,
+    steps: int = 160,
     batch_size: int = 8,
     seed: int = 0,
     augment: Augment = "mirror",

@@ -39,7 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     OURS: {"prior": "similarity"},
     "ours + appearance features": {"prior": "similarity", "appearance": 16},
     "decoder on PFENet's prior": {"prior": "pfenet"},
-    "decoder on PFENet's prior + appearance": {"prior": "pfenet", "appearance": 16},
     "decoder on features and prototype, no prior": {"prior": "none", "appearance": 32},
 }
 READOUTS: dict[str, Decoder] = {

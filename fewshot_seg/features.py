@@ -138,6 +138,7 @@ class FeatureStore:
             images.append(self._transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
         device = next(self._backbone.parameters()).device
         levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
+        # clone: a view would keep the whole batch in memory
         computed = {i: tuple(level[n].clone() for level in levels) for n, i in enumerate(image_ids)}
         for image_id, maps in computed.items():
             self._keep(image_id, maps)

@@ -203,7 +203,7 @@ class _Run:
         if self.step % self.log_every == 0:
             self._log(loss=loss.item(), mask_loss=mask_loss.item(), metric_loss=metric_loss.item(), rate=rate)
         self.updating = False
-        return float(loss)
+        return float(loss.detach())
 
     def save(self) -> None:
         if self.folder is None:

@@ -99,9 +99,7 @@ def test_changed_data_are_read_again(tiny_voc: Path, tmp_path: Path) -> None:
     assert before.fingerprint != after.fingerprint
 
 
-def test_failed_write_leaves_nothing(
-    counting: CountingSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_leaves_nothing(counting: CountingSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -132,10 +130,7 @@ def test_index_can_be_pickled(counting: CountingSource) -> None:
 def test_grid_points_match_a_plain_loop(height: int, width: int, seed: int) -> None:
     mask = np.random.default_rng(seed).choice(np.array([0, 1, 255], dtype=np.uint8), (height, width))
     loop = sum(
-        mask[row, column] == 1
-        for row in range(height)
-        for column in range(width)
-        if row % 32 == 1 and column % 32 == 1
+        mask[row, column] == 1 for row in range(height) for column in range(width) if row % 32 == 1 and column % 32 == 1
     )
     assert count_grid_points(mask) == loop
 
@@ -149,9 +144,7 @@ def test_grid_of_a_reduced_copy_has_the_originals_points(height: int, width: int
 
 def test_reduced_data_set_counts_its_grid_at_full_size() -> None:
     # Longest side 64 of all pictures stands for VOC's 500 pixels: a step of 32 becomes 4.1.
-    index = build_index(
-        SyntheticSource(base_classes=3, novel_classes=2, images_per_class=2, size=64), "train"
-    )
+    index = build_index(SyntheticSource(base_classes=3, novel_classes=2, images_per_class=2, size=64), "train")
     image_id = index.image_ids[0]
     area, points = index.areas[image_id][1], index.grid_points[image_id][1]
     assert points == pytest.approx(area / (32 * 64 / 500) ** 2, rel=0.25)

@@ -123,9 +123,7 @@ def test_spec_survives_json(sampler: EpisodeSampler, n: int) -> None:
     assert spec_from_json(spec_to_json(sampler[n])) == sampler[n]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"class_id": 1, "support_ids": "ab", "query_id": "c", "seed": 0}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"class_id": 1, "support_ids": "ab", "query_id": "c", "seed": 0}'])
 def test_json_that_is_no_spec(text: str) -> None:
     with pytest.raises(DataError, match="not an episode: expected JSON with class_id"):
         spec_from_json(text)

@@ -104,9 +104,7 @@ class TestVoc:
         assert int((source.mask(palette, 1) == 255).sum()) == 33 * 33 - 31 * 31
 
     def test_wrong_root(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            DataError, match=r"nothing: expected a VOC2012 folder with JPEGImages/.*not exist"
-        ):
+        with pytest.raises(DataError, match=r"nothing: expected a VOC2012 folder with JPEGImages/.*not exist"):
             VocSource(tmp_path / "nothing")
         with pytest.raises(DataError, match=r"has no such folders; name the folder that holds JPEGImages"):
             VocSource(tmp_path)
@@ -128,9 +126,7 @@ class TestVoc:
         source = VocSource(tiny_voc)
         path = source.image_file("val_02_0")
         path.write_bytes(path.read_bytes()[:400])
-        with pytest.raises(
-            SourceError, match=r"val_02_0\.jpg: photo cannot be decoded .*save the file again"
-        ):
+        with pytest.raises(SourceError, match=r"val_02_0\.jpg: photo cannot be decoded .*save the file again"):
             source.image("val_02_0")
 
     @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
@@ -144,9 +140,7 @@ class TestVoc:
         source = VocSource(tiny_voc)
         path = source.mask_file("val_02_0")
         Image.open(path).convert("RGB").save(path)
-        with pytest.raises(
-            SourceError, match=r"val_02_0\.png: mask is colour-coded \(RGB\).*map each colour"
-        ):
+        with pytest.raises(SourceError, match=r"val_02_0\.png: mask is colour-coded \(RGB\).*map each colour"):
             source.mask("val_02_0", 2)
 
     def test_sixteen_bit_mask(self, tiny_voc: Path) -> None:
@@ -160,9 +154,7 @@ class TestVoc:
         source = VocSource(tiny_voc)
         Image.new("L", (10, 20), 2).save(source.mask_file("val_02_0"))
         width, height = Image.open(source.image_file("val_02_0")).size
-        with pytest.raises(
-            SourceError, match=rf"mask is 10x20, photo val_02_0\.jpg is {width}x{height} pixels"
-        ):
+        with pytest.raises(SourceError, match=rf"mask is 10x20, photo val_02_0\.jpg is {width}x{height} pixels"):
             source.mask("val_02_0", 2)
 
     def test_unknown_label(self, tiny_voc: Path) -> None:
@@ -198,9 +190,7 @@ class TestSynthetic:
 
     def test_main_object_covers_its_share(self) -> None:
         source = SyntheticSource(seed=5)
-        shares = [
-            source.class_areas(i)[int(i.split("-")[1])] / source.size**2 for i in source.ids("train")[:96]
-        ]
+        shares = [source.class_areas(i)[int(i.split("-")[1])] / source.size**2 for i in source.ids("train")[:96]]
         assert 0.04 < min(shares) < max(shares) < 0.25
 
     def test_pictures_differ_between_images_and_seeds(self) -> None:

@@ -9,9 +9,7 @@ from episodes.verify import verify
 
 
 def by_kind(root: Path) -> dict[tuple[str, str], str]:
-    return {
-        (Path(p.file).name, p.kind): str(p) for p in verify(VocSource(root), "val") if p.kind != "empty-class"
-    }
+    return {(Path(p.file).name, p.kind): str(p) for p in verify(VocSource(root), "val") if p.kind != "empty-class"}
 
 
 def test_sound_data_only_lack_the_classes_they_lack(tiny_voc: Path) -> None:

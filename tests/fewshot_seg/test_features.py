@@ -268,6 +268,7 @@ class TestFiles:
         foreign = directory / "my-weights" / "best.safetensors"
         foreign.parent.mkdir()
         foreign.write_bytes(b"user's own")
+        os.utime(foreign, ns=(1, 1))  # older than everything of ours
         budget = 7 * TENSOR_BYTES // 2
         FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget).get(IDS[:2])
         ours = [file for file in stored_files(directory) if file != foreign]

@@ -26,7 +26,7 @@ def share(*shape: int, seed: int) -> Tensor:
 
 
 def cosine(left: Tensor, right: Tensor) -> float:
-    return sum(a * b for a, b in zip(left.tolist(), right.tolist(), strict=True))
+    return float(sum(a * b for a, b in zip(left.tolist(), right.tolist(), strict=True)))
 
 
 def loop_soft_margin(
@@ -256,9 +256,7 @@ class TestSimilarityPriors:
         order = torch.randperm(12, generator=torch.Generator().manual_seed(6))
         maps = support[:, order].transpose(1, 2).reshape(1, WIDTH, 3, 4)
         foreground = truth.double()[None]
-        pooled = [
-            F.normalize((support * weights[..., None]).sum(1), dim=1) for weights in (foreground, 1 - foreground)
-        ]
+        pooled = [F.normalize((support * weights[..., None]).sum(1), dim=1) for weights in (foreground, 1 - foreground)]
         priors = similarity_priors(maps, support, foreground, 1 - foreground, pooled[0], pooled[1])
         found = priors[0, PRIOR_CHANNELS.index(name)].flatten()
         assert found[truth[order]].min() > found[~truth[order]].max()

@@ -60,7 +60,7 @@ def assert_same(left: Any, right: Any, *, atol: float = 1e-4) -> None:
     for name in left.__slots__:
         one, other = getattr(left, name), getattr(right, name)
         if isinstance(one, Tensor):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=atol, msg=name)
 
 
 @pytest.fixture(scope="class")
@@ -120,9 +120,7 @@ class SegmenterContract:
         images, masks, queries = photos(3, 2), outlines(3, 2), photos(3, seed=1)
         together = segmenter.segment(segmenter.encode_support(images, masks), queries)
         for n in range(3):
-            alone = segmenter.segment(
-                segmenter.encode_support(images[n : n + 1], masks[n : n + 1]), queries[n : n + 1]
-            )
+            alone = segmenter.segment(segmenter.encode_support(images[n : n + 1], masks[n : n + 1]), queries[n : n + 1])
             torch.testing.assert_close(alone.logits[0], together.logits[n], rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(alone.attention[0], together.attention[n], rtol=1e-2, atol=1e-3)
 
@@ -151,7 +149,7 @@ class SegmenterContract:
     def test_gradients_reach_what_is_trained_and_not_the_backbone(self, segmenter: FewShotSegmenter) -> None:
         segmenter.zero_grad(set_to_none=True)
         prediction = segmenter.segment(segmenter.encode_support(photos(2, 1), outlines(2, 1)), photos(2, seed=1))
-        prediction.logits.square().mean().backward()
+        torch.autograd.backward(prediction.logits.square().mean())
         assert all(parameter.grad is None for parameter in segmenter.backbone.parameters())
         silent = [name for name, p in segmenter.decoder.named_parameters() if p.grad is None or not p.grad.any()]
         assert silent == (["gain"] if segmenter.prior == "none" else [])  # the gain is that of the first prior
@@ -355,8 +353,10 @@ class TestTrainingFree:
         segmenter = training_free(tiny_backbone, channel=channel, threshold=1.5)
         support = segmenter.encode_support(photos(2, 1), outlines(2, 1))
         prediction = segmenter.segment(support, photos(2, seed=1))
-        chosen = prediction.priors[:, [PRIOR_CHANNELS.index(channel)]]
-        expected = F.interpolate(chosen, (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
+        chosen = prediction.priors[:, PRIOR_CHANNELS.index(channel)]
+        if isinstance(segmenter.decoder, PriorReadout) and segmenter.decoder.scaled:
+            chosen = scale_map(chosen.clamp_min(0))
+        expected = F.interpolate(chosen[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
         assert torch.equal(prediction.logits, expected)
         assert torch.equal(prediction.masks, expected > 1.5)
         assert segmenter.trainable_parameters() == []

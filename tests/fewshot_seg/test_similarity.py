@@ -84,9 +84,7 @@ class TestMaskedAveragePool:
         pooled = masked_average_pool(maps, weights)
         for n in range(2):
             for channel in range(3):
-                total = sum(
-                    maps[n, channel, y, x].item() * weights[n, y, x].item() for y in range(4) for x in range(5)
-                )
+                total = sum(maps[n, channel, y, x].item() * weights[n, y, x].item() for y in range(4) for x in range(5))
                 assert pooled[n, channel].item() == pytest.approx(total / weights[n].sum().item(), rel=1e-12)
 
     def test_no_weight_gives_zero(self) -> None:
@@ -102,7 +100,7 @@ class TestJoinLevels:
         joined = join_levels(random_levels())
         assert joined.shape == (2, sum(CHANNELS), 4, 6)
         torch.testing.assert_close(joined.norm(dim=1), torch.ones(2, 4, 6))
-        first, second = joined.split(CHANNELS, dim=1)
+        first, second = joined[:, : CHANNELS[0]], joined[:, CHANNELS[0] :]
         torch.testing.assert_close(first.norm(dim=1), second.norm(dim=1))
 
     def test_equals_cell_by_cell_normalisation_of_upsampled_levels(self) -> None:
@@ -118,8 +116,8 @@ class TestJoinLevels:
     def test_cosine_is_the_mean_of_the_levels_cosines(self) -> None:
         level = [torch.randn(2, channels, 1, 1) for channels in CHANNELS]
         joined = join_levels(level)[:, :, 0, 0]
-        expected = sum(F.cosine_similarity(one[0], one[1], dim=0) for one in level) / 2
-        torch.testing.assert_close(joined[0] @ joined[1], expected.squeeze())
+        expected = torch.stack([F.cosine_similarity(one[0], one[1], dim=0) for one in level]).mean()
+        torch.testing.assert_close(joined[0] @ joined[1], expected)
 
     def test_scale_of_a_level_does_not_matter(self) -> None:
         first, second = random_levels()
@@ -134,9 +132,7 @@ class TestSimilarityNetwork:
 
     def test_untrained_it_is_the_frozen_features(self) -> None:
         levels = random_levels()
-        torch.testing.assert_close(
-            SimilarityNetwork(CHANNELS, rank=3)(levels), join_levels(levels), rtol=0, atol=2e-7
-        )
+        torch.testing.assert_close(SimilarityNetwork(CHANNELS, rank=3)(levels), join_levels(levels), rtol=0, atol=2e-7)
 
     def test_equals_a_matrix_product_per_cell(self) -> None:
         network, levels = SimilarityNetwork(CHANNELS, rank=3), random_levels(1)
@@ -183,5 +179,5 @@ class TestSimilarityNetwork:
 
     @pytest.mark.parametrize(("channels", "rank"), [((), 4), ((3, 4), -1)])
     def test_refuses_no_level_and_negative_rank(self, channels: tuple[int, ...], rank: int) -> None:
-        with pytest.raises(DataError, match="at least one level and rank >= 0, got .* and "):
+        with pytest.raises(DataError, match=r"at least one level and rank >= 0, got .* and "):
             SimilarityNetwork(channels, rank=rank)

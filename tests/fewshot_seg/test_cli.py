@@ -1,0 +1,347 @@
+"""The command line in process: the main paths on a tiny VOC folder, and every bad input with its one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import fewshot_seg.training
+from episodes.sources import SyntheticSource
+from fewshot_seg.cli import main
+
+TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random")
+SIZE = ("--resolution", "64")
+SHORT = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--validation-episodes", "8")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = functools.partial(SyntheticSource, base_classes=6, novel_classes=2, images_per_class=4)
+    monkeypatch.setattr("fewshot_seg.runs.SyntheticSource", few)
+    monkeypatch.setattr("fewshot_seg.demo.SyntheticSource", few)
+
+
+def train(root: Path, out: Path, *more: str) -> int:
+    return main(["train", "--root", str(root), "--out", str(out), *TINY, *SIZE, *SHORT, *more])
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail: exit code 2 and exactly one line of error, which is returned."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(list(arguments)) == 2
+        printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        lines = [line for line in printed if line.strip() and "it/s" not in line and "image" not in line[:40]]
+        errors = [line for line in printed if line.startswith("fewshot-seg: error: ")]
+        assert len(errors) == 1
+        assert "Traceback" not in "".join(lines)
+        return errors[0].removeprefix("fewshot-seg: error: ")
+
+    return run
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_train_evaluate_explain_predict(tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, root = tmp_path / "run", ["--root", str(tiny_voc)]
+    assert train(tiny_voc, run) == 0
+    model = run / "model.safetensors"
+    assert f"model: {model}" in capsys.readouterr().out
+    record = read(run / "run.json")
+    assert record["configuration"]["steps"] == 4
+    assert record["protocol"]["name"] == "hsnet"
+    assert record["data"]["name"] == "PASCAL-5i/32"
+    assert record["data"]["novel_classes"] == [1, 2, 3, 4, 5]
+    assert set(record["data"]["fingerprint"]) == {"training", "evaluation"}
+    assert "commit" in record["environment"]
+    assert record["results"]["steps"] == 4
+    assert (run / "selection" / "training.jsonl").exists()
+
+    scored = tmp_path / "scored"
+    assert (
+        main(["evaluate", *root, "--model", str(model), "--out", str(scored), "--episodes", "12", "--shots", "2"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "PASCAL-5i/32, fold 0, 2-shot, protocol hsnet" in printed
+    evaluation = read(scored / "evaluation.json")
+    assert list(evaluation["per_class"]) == ["aeroplane", "bicycle"]
+    assert f"mIoU       {evaluation['miou'][0]:5.1f}".split() == next(
+        line.split()[:2] for line in printed.splitlines() if line.startswith("mIoU")
+    )
+    assert evaluation["miou"][0] == pytest.approx(np.mean(list(evaluation["per_class"].values())))
+    assert evaluation["threshold"] == record["results"]["threshold"]
+    assert len(evaluation["episodes"]) == 12
+    assert all(len(episode["support_ids"]) == 2 for episode in evaluation["episodes"])
+    assert read(scored / "run.json")["results"]["miou"] == evaluation["miou"]
+
+    why = tmp_path / "why"
+    assert main(["explain", *root, "--model", str(model), "--out", str(why), "--numbers", "3", "0"]) == 0
+    assert sorted(path.name for path in why.glob("*.png")) == ["episode-0000.png", "episode-0003.png"]
+    assert (why / "index.html").exists()
+
+    mask = tmp_path / "mask.png"
+    labels = np.asarray(Image.open(tiny_voc / "SegmentationClassAug" / "val_01_0.png"))
+    Image.fromarray(np.where(labels == 1, 255, 0).astype(np.uint8)).save(mask)
+    support = f"{tiny_voc / 'JPEGImages' / 'val_01_0.jpg'}:{mask}"
+    query, found = tiny_voc / "JPEGImages" / "val_01_2.jpg", tmp_path / "found"
+    assert (
+        main(["predict", "--model", str(model), "--support", support, "--query", str(query), "--out", str(found)]) == 0
+    )
+    with Image.open(query) as photo, Image.open(found / "masks" / "val_01_2.png") as written:
+        assert written.size == photo.size
+    assert (found / "overlays" / "val_01_2.jpg").exists()
+    assert read(found / "run.json")["results"]["photos"][0]["query"] == str(query)
+
+
+@pytest.mark.parametrize("call", [2, 7])  # of four steps each: in the selection run, and in the final one
+def test_resumed_training_ends_with_the_same_weights(
+    tiny_voc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: int,
+) -> None:
+    assert train(tiny_voc, tmp_path / "whole") == 0
+    original, calls = fewshot_seg.training.episode_losses, 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fewshot_seg.training, "episode_losses", interrupted)
+        assert train(tiny_voc, tmp_path / "cut") == 130
+    assert "interrupted; a training goes on with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    assert train(tiny_voc, tmp_path / "cut", "--resume") == 0
+    models = [tmp_path / name / "model.safetensors" for name in ("whole", "cut")]
+    assert same_weights(*models)
+    thresholds = [read(tmp_path / name / "run.json")["results"]["threshold"] for name in ("whole", "cut")]
+    assert thresholds[0] == thresholds[1]
+
+
+def test_prior_alone_gets_its_threshold_from_base_classes(
+    tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--root", str(tiny_voc), *TINY, *SIZE, "--episodes", "6", "--scoring", "original"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--prior-map", "gradient attention"]) == 0
+    assert "gradient attention, training-free" in capsys.readouterr().out
+    chosen = read(tmp_path / "a" / "evaluation.json")
+    assert chosen["threshold_origin"] == "chosen on base classes"
+    assert 0 <= chosen["threshold"] < 1  # the map is scaled to [0, 1]
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--threshold", "1.5", "--fold", "1"]) == 0
+    given = read(tmp_path / "b" / "evaluation.json")
+    assert (given["threshold"], given["fold"], given["threshold_origin"]) == (1.5, 1, "given by --threshold")
+
+
+@pytest.mark.usefixtures("_few_pictures")
+def test_synthetic_data_needs_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "--data", "synthetic", *TINY, *SIZE, "--threshold", "0", "--count", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "why")]) == 0
+    assert (tmp_path / "why" / "episode-0000.png").exists()
+    assert "1 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_few_pictures")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    sizes = ["--steps", "2", "--batch-size", "2", "--episodes", "6", "--pictures", "2", "--resolution", "64"]
+    assert main(["demo", "--out", str(out), *TINY, *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[4:7]] == [
+        "gradient attention alone",
+        "soft margin alone",
+        "decoder on all prior maps",
+    ]
+    assert lines[-1].endswith(str(out / "index.html"))
+    assert len(list((out / "pictures").glob("*.png"))) == 2
+    page = (out / "index.html").read_text()
+    assert "pictures/episode-0001.png" in page
+    assert len(read(out / "run.json")["results"]) == 3
+
+
+class TestVerify:
+    def test_good_data(self, tiny_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        # three classes a fold are missing from the tiny folder
+        assert main(["data", "verify", "--root", str(tiny_voc)]) == 1
+        printed = capsys.readouterr().out
+        assert "val: 32 images, 12 problems" in printed
+        assert "no image of the split shows class 3 (bird)" in printed
+
+    @pytest.mark.usefixtures("_few_pictures")
+    def test_synthetic(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["data", "verify", "--data", "synthetic", "--splits", "val"]) == 0
+        assert "val: 8 images, 0 problems" in capsys.readouterr().out
+
+    def test_lists_every_broken_file(self, tiny_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tiny_voc / "JPEGImages" / "val_01_0.jpg").write_bytes(b"broken")
+        (tiny_voc / "SegmentationClassAug" / "val_02_0.png").unlink()
+        assert main(["data", "verify", "--root", str(tiny_voc), "--splits", "val"]) == 1
+        printed = capsys.readouterr().out
+        assert "val_01_0.jpg: photo cannot be decoded" in printed
+        assert "val_02_0.png: no such file" in printed
+
+
+class TestBadInput:
+    def test_wrong_root(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        message = error_of("train", "--root", str(tmp_path / "none"), *TINY)
+        assert "expected a VOC2012 folder with JPEGImages/" in message
+        assert "does not exist" in message
+
+    def test_no_root(self, error_of: Callable[..., str]) -> None:
+        assert error_of("train").startswith("--data voc needs --root DIR")
+
+    def test_empty_fold(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        split = tiny_voc / "ImageSets" / "Segmentation" / "val.txt"
+        kept = [line for line in split.read_text().split() if not line.startswith(("val_16", "val_17", "val_12"))]
+        split.write_text("\n".join(kept))
+        message = error_of(
+            *("evaluate", "--root", str(tiny_voc), "--fold", "3", *TINY, *SIZE),
+            *("--threshold", "0", "--out", str(tmp_path / "e")),
+        )
+        assert "no episodes of this fold" in message
+        assert "pottedplant, sheep, sofa, train, tvmonitor" in message
+        assert not (tmp_path / "e").exists()
+
+    def test_mask_of_another_size(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        mask = tiny_voc / "SegmentationClassAug" / "trainaug_06_0.png"
+        with Image.open(mask) as picture:
+            cropped = picture.crop((0, 0, 50, 50))
+        cropped.save(mask)
+        message = error_of("train", "--root", str(tiny_voc), *TINY, *SIZE, *SHORT, "--out", str(tmp_path / "r"))
+        assert "trainaug_06_0.png: mask is 50x50, photo trainaug_06_0.jpg is" in message
+
+    def test_corrupt_photo(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        for photo in (tiny_voc / "JPEGImages").glob("trainaug_*_0.jpg"):
+            photo.write_bytes(photo.read_bytes()[:300])
+        message = error_of("train", "--root", str(tiny_voc), *TINY, *SIZE, *SHORT, "--out", str(tmp_path / "r"))
+        assert "_0.jpg: photo cannot be decoded" in message
+
+    def test_colour_coded_mask(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        mask = tiny_voc / "SegmentationClassAug" / "val_01_0.png"
+        with Image.open(mask) as picture:
+            coloured = picture.convert("RGB")
+        coloured.save(mask)
+        arguments = ("--root", str(tiny_voc), *TINY, *SIZE, "--threshold", "0", "--out", str(tmp_path / "e"))
+        assert "val_01_0.png: mask is colour-coded (RGB)" in error_of("evaluate", *arguments)
+
+    def test_no_shots(self, tiny_voc: Path, error_of: Callable[..., str]) -> None:
+        assert error_of("evaluate", "--root", str(tiny_voc), "--shots", "0") == "--shots must be at least 1, got 0"
+
+    def test_more_shots_than_images(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        split = tiny_voc / "ImageSets" / "Segmentation" / "val.txt"
+        split.write_text("val_01_0\nval_02_0\nval_02_2\n")
+        arguments = ("--root", str(tiny_voc), *TINY, *SIZE, "--threshold", "0", "--out", str(tmp_path / "e"))
+        message = error_of("evaluate", *arguments, "--shots", "5")
+        assert "class 1 has 1 image(s), but 5-shot episodes need at least 2" in message
+
+    def test_unknown_key(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        file = tmp_path / "run.toml"
+        file.write_text("stepz = 3")
+        assert f"{file}: unknown key 'stepz'; did you mean steps" in error_of("train", "--config", str(file))
+
+    def test_missing_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(tmp_path / "m.safetensors"))
+        assert message.startswith(f"no model file at {tmp_path / 'm.safetensors'}")
+
+    def test_damaged_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        model = tmp_path / "m.safetensors"
+        model.write_bytes(b"\x10\0\0\0\0\0\0\0 damaged")
+        message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(model))
+        assert f"{model} is damaged or was not written by fewshot-seg" in message
+
+    def test_model_of_another_fold(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        assert train(tiny_voc, tmp_path / "run", "--no-select-threshold") == 0
+        model = tmp_path / "run" / "model.safetensors"
+        message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(model), "--fold", "1")
+        assert "was trained on bus, car, cat, chair, cow, which fold 1 scores as novel; use --fold 0" in message
+
+    def test_earlier_run_is_kept(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        run = tmp_path / "run"
+        assert train(tiny_voc, run, "--no-select-threshold") == 0
+        again = ("train", "--root", str(tiny_voc), "--out", str(run), *TINY, *SIZE, *SHORT, "--no-select-threshold")
+        assert "holds an earlier run (model.safetensors); go on with it by --resume" in error_of(*again)
+        assert "cannot resume" in error_of(*again, "--resume", "--fold", "1")
+        assert "fold was 0, now 1" in error_of(*again, "--resume", "--fold", "1")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["train", "--shotz", "1"], "unrecognized arguments: --shotz 1; see fewshot-seg --help"),
+            (["train", "--steps", "x"], "argument --steps: invalid int value: 'x'; see fewshot-seg train --help"),
+            ([], "the following arguments are required: VERB; see fewshot-seg --help"),
+            (["predict"], "missing --support: PHOTO:MASK pairs"),
+            (["train", "--data", "coco"], "--data must be one of voc, synthetic; got 'coco'"),
+        ],
+    )
+    def test_wrong_flags(self, error_of: Callable[..., str], arguments: list[str], message: str) -> None:
+        assert message in error_of(*arguments)
+
+
+class TestPredict:
+    @pytest.fixture
+    def support(self, tiny_voc: Path, tmp_path: Path) -> str:
+        mask = tmp_path / "mask.png"
+        shutil.copy(tiny_voc / "SegmentationClassAug" / "val_01_0.png", mask)
+        return f"{tiny_voc / 'JPEGImages' / 'val_01_0.jpg'}:{mask}"
+
+    def test_broken_query_is_reported_and_the_rest_done(
+        self, tiny_voc: Path, tmp_path: Path, support: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        queries = tmp_path / "queries"
+        queries.mkdir()
+        shutil.copy(tiny_voc / "JPEGImages" / "val_01_1.jpg", queries / "good.jpg")
+        (queries / "bad.jpg").write_bytes(b"broken")
+        arguments = ["predict", *TINY, "--size", "64", "--support", support, "--support", support]
+        assert main([*arguments, "--query", str(queries), "--out", str(tmp_path / "found")]) == 1
+        captured = capsys.readouterr()
+        assert "1 of 2 photos" in captured.out
+        assert captured.err.splitlines()[-1].startswith(f"fewshot-seg: skipped {queries / 'bad.jpg'}: photo cannot be")
+        assert [path.name for path in (tmp_path / "found" / "masks").iterdir()] == ["good.png"]
+
+    def test_no_queries(self, support: str, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        (tmp_path / "empty").mkdir()
+        message = error_of("predict", "--support", support, "--query", str(tmp_path / "empty"))
+        assert "folder holds no photos" in message
+
+
+def test_version_and_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    version = capsys.readouterr().out
+    assert version.startswith("fewshot-seg ")
+    monkeypatch.setattr(sys, "argv", ["fewshot_seg", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fewshot_seg", run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == version

@@ -1,0 +1,144 @@
+"""Settings: flag over file over default; every mistake is one line that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from episodes.protocols import get_protocol
+from episodes.types import DataError
+from fewshot_seg import config as module
+from fewshot_seg.attention import ATTENTION_KINDS
+from fewshot_seg.config import (
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    PredictConfig,
+    TrainConfig,
+    VerifyConfig,
+    default_cache,
+    resolve,
+    settings_of,
+)
+from fewshot_seg.experiment import Augment
+from fewshot_seg.priors import PRIOR_CHANNELS
+from fewshot_seg.segmenter import PRIOR_KINDS
+from fewshot_seg.training import SCHEDULES
+
+ALL = (DemoConfig, VerifyConfig, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "settings.toml"
+    path.write_text(text)
+    return path
+
+
+def choices(config_class: type[Config], name: str) -> tuple[str, ...]:
+    return next(setting.choices for setting in settings_of(config_class) if setting.name == name)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("config_class", ALL)
+    def test_every_setting_is_explained_and_has_a_default_in_bounds(self, config_class: type[Config]) -> None:
+        for setting in settings_of(config_class):
+            assert setting.help, setting.name
+            if not setting.required:
+                setting.check(setting.default)
+
+    def test_choices_are_those_of_the_components(self) -> None:
+        assert choices(TrainConfig, "prior") == PRIOR_KINDS
+        assert set(choices(TrainConfig, "attention")) == set(ATTENTION_KINDS) - {"quadruplet"}  # needs two episodes
+        assert choices(EvaluateConfig, "prior_map") == PRIOR_CHANNELS
+        assert choices(TrainConfig, "schedule") == SCHEDULES
+        assert choices(TrainConfig, "augment") == get_args(Augment)
+        assert [get_protocol(name).name for name in choices(TrainConfig, "protocol")] == ["hsnet"]
+
+    def test_cache_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path))
+        assert default_cache() == tmp_path
+        assert TrainConfig(data="synthetic").cache == tmp_path
+        monkeypatch.delenv("FEWSHOT_SEG_CACHE")
+        assert default_cache() == Path.home() / ".cache" / "fewshot-seg"
+
+    def test_as_json(self) -> None:
+        values = TrainConfig(root=Path("data"), strides=(8, 16)).as_json()
+        assert values["root"] == "data"
+        assert values["strides"] == [8, 16]
+        assert values["validation_fold"] is None
+
+
+class TestResolve:
+    def test_flag_over_file_over_default(self, tmp_path: Path) -> None:
+        file = write(tmp_path, 'data = "synthetic"\nsteps = 7\nlearning-rate = 1\nbatch_size = 3\nstrides = [8, 32]\n')
+        config = resolve(TrainConfig, {"steps": 9}, file)
+        assert (config.steps, config.batch_size, config.shots) == (9, 3, 1)
+        assert config.learning_rate == 1.0
+        assert isinstance(config.learning_rate, float)
+        assert config.strides == (8, 32)
+
+    def test_paths_of_a_file(self, tmp_path: Path) -> None:
+        config = resolve(TrainConfig, {}, write(tmp_path, 'root = "~/voc"\n'))
+        assert config.root == Path.home() / "voc"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("shot = 1", r"settings.toml: unknown key 'shot'; did you mean shots"),
+            ("qqq = 1", r"settings.toml: unknown key 'qqq'; known are: .*steps"),
+            ('steps = "many"', r"settings.toml: steps must be of type int, got 'many' \(str\)"),
+            ("steps = true", r"steps must be of type int, got True \(bool\)"),
+            ("steps = 1.5", r"steps must be of type int, got 1.5 \(float\)"),
+            ("resume = 1", r"resume must be of type bool"),
+            ("strides = 16", r"strides must be a list, got 16"),
+            ('strides = ["a"]', r"strides must be of type int"),
+            ("root = 3", r"root must be of type str, got 3 \(int\)"),
+            ("steps =", r"settings.toml is not valid TOML"),
+        ],
+    )
+    def test_mistakes_in_the_file(self, tmp_path: Path, text: str, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            resolve(TrainConfig, {"data": "synthetic"}, write(tmp_path, text))
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"cannot read configuration file .*none.toml: No such file"):
+            resolve(TrainConfig, {}, tmp_path / "none.toml")
+
+    def test_missing(self) -> None:
+        with pytest.raises(DataError, match="missing --support: PHOTO:MASK pairs"):
+            resolve(PredictConfig, {"query": ("a.jpg",)})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shots": 0}, "--shots must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"fold": 4}, "--fold must be at most 3, got 4"),
+        ({"fold": -1}, "--fold must be at least 0, got -1"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, got nan"),
+        ({"prior": "magic"}, "--prior must be one of similarity, pfenet, none; got 'magic'"),
+        ({"prior": "none"}, "--prior none leaves the decoder nothing to read; add --appearance 16"),
+        ({"decoder_width": 12}, "--decoder-width must be a multiple of 8, got 12"),
+        ({"strides": ()}, "--strides needs at least one value"),
+        ({"data": "voc"}, "--data voc needs --root DIR"),
+        ({"data": "voc", "root": Path(), "fold": 2, "validation_fold": 2}, "--validation-fold 2 is the test fold"),
+    ],
+)
+def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        TrainConfig(**{"data": "synthetic", **values})
+
+
+def test_model_and_prior_map_exclude_each_other() -> None:
+    with pytest.raises(DataError, match="--model and --prior-map exclude each other"):
+        EvaluateConfig(data="synthetic", model=Path("m.safetensors"), prior_map="soft margin")
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        DemoConfig().seed = 1  # type: ignore[misc]
+    assert module.DemoConfig().replace(seed=1).seed == 1

@@ -1,0 +1,326 @@
+"""Evaluation against plain loops over single episodes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from episodes.index import build_index
+from episodes.sampler import EpisodeSampler
+from episodes.sources import SyntheticSource
+from episodes.types import IGNORE, DataError, EpisodeSpec, UInt8Array
+from fewshot_seg.attention import ATTENTION_KINDS
+from fewshot_seg.backbones import Backbone
+from fewshot_seg.decoder import PriorReadout
+from fewshot_seg.evaluation import (
+    Evaluation,
+    choose_threshold,
+    choose_thresholds,
+    evaluate,
+    evaluate_heads,
+    evaluate_priors,
+)
+from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch
+from fewshot_seg.features import FeatureStore, MaskStore
+from fewshot_seg.metrics import prior_scores
+from fewshot_seg.priors import PRIOR_CHANNELS
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
+
+SIZE, LENGTH = 64, 9
+
+
+class WideMasks(SyntheticSource):
+    """Labels at an original size of their own, with an ignored border."""
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        wide = super().mask(image_id, class_id).repeat(2, axis=1)[: 50 + int(image_id[-1])]
+        wide[:3] = IGNORE
+        return wide
+
+
+SOURCE = WideMasks(base_classes=3, novel_classes=2, images_per_class=4, size=SIZE)
+SQUARE = SyntheticSource(base_classes=3, novel_classes=2, images_per_class=4, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def episodes(tiny_backbone: Backbone) -> CachedEpisodes:
+    pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
+    specs = EpisodeSampler(pairs, shots=2, seed=3, length=LENGTH, order="random", repeat_supports=False)
+    store = FeatureStore(tiny_backbone, SQUARE, size=SIZE, directory=None)
+    return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_backbone: Backbone) -> FewShotSegmenter:
+    """As after a training that did not go far."""
+    made = build_segmenter(tiny_backbone, similarity_rank=4, decoder_width=8, decoder_blocks=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.trainable_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    made.threshold = 0.3
+    return made.eval()
+
+
+@torch.no_grad()
+def loop_logits(segmenter: FewShotSegmenter, episodes: CachedEpisodes, side: int) -> Iterator[tuple[EpisodeSpec, Any]]:
+    """Logits (side, side) of one episode at a time."""
+    for batch in episodes.batches(1):
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+        logits = segmenter.segment_levels(support, batch.query_levels, (side, side)).logits[0]
+        yield batch.specs[0], logits
+
+
+def count(prediction: Tensor, target: UInt8Array, value: int) -> tuple[int, int]:
+    """Intersection and union of one side, pixel by pixel."""
+    intersection = union = 0
+    for found, actual in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True):
+        if actual != IGNORE:
+            intersection += found == value and actual == value
+            union += found == value or actual == value
+    return intersection, union
+
+
+def assert_equals_loop(
+    evaluation: Evaluation, counts: list[tuple[EpisodeSpec, tuple[int, int], tuple[int, int]]]
+) -> None:
+    """counts: spec, foreground and background intersection and union of every episode."""
+    assert evaluation.specs == tuple(spec for spec, _, _ in counts)
+    assert evaluation.episode_iou.tolist() == pytest.approx([100 * i / u for _, (i, u), _ in counts])
+    per_class = {}
+    for class_id in {spec.class_id for spec, _, _ in counts}:
+        own = [foreground for spec, foreground, _ in counts if spec.class_id == class_id]
+        per_class[class_id] = 100 * sum(i for i, _ in own) / sum(u for _, u in own)
+    result = evaluation.result
+    assert result.per_class == pytest.approx(per_class)
+    assert result.miou == pytest.approx(statistics.mean(per_class.values()))
+    both = ([foreground for _, foreground, _ in counts], [background for _, _, background in counts])
+    sides = [100 * sum(i for i, _ in side) / sum(u for _, u in side) for side in both]
+    assert result.fb_iou == pytest.approx(statistics.mean(sides))
+    assert result.episodes == len(counts)
+    assert result.miou_low <= result.miou <= result.miou_high
+    assert 1 < result.miou < 99  # or the comparison would say nothing
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("side", [SIZE, 40])
+    def test_equals_a_plain_loop(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, side: int) -> None:
+        counts = []
+        for spec, logits in loop_logits(segmenter, episodes, side):
+            mask = SQUARE.mask(spec.query_id, spec.class_id)
+            rows = [math.floor((y + 0.5) * SIZE / side) for y in range(side)]  # nearest pixel
+            target, found = mask[np.ix_(rows, rows)], (logits > 0.3).int()
+            counts.append((spec, count(found, target, 1), count(found, target, 0)))
+        evaluation = evaluate(segmenter, episodes, scoring_size=side, source=SQUARE, batch_size=4)
+        assert_equals_loop(evaluation, counts)
+        assert evaluation.seconds > 0
+
+    def test_at_the_original_sizes_equals_a_plain_loop(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
+    ) -> None:
+        counts = []
+        for spec, logits in loop_logits(segmenter, episodes, SIZE):
+            target = SOURCE.mask(spec.query_id, spec.class_id)
+            assert target.shape[0] != target.shape[1]
+            original = F.interpolate(logits[None, None], target.shape, mode="bilinear", align_corners=False)[0, 0]
+            found = (original > 0.3).int()
+            counts.append((spec, count(found, target, 1), count(found, target, 0)))
+        assert_equals_loop(evaluate(segmenter, episodes, scoring_size=None, source=SOURCE, batch_size=4), counts)
+
+    @pytest.mark.parametrize("scoring_size", [SIZE, None])
+    def test_batch_size_does_not_matter(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, scoring_size: int | None
+    ) -> None:
+        one, many = (
+            evaluate(segmenter, episodes, scoring_size=scoring_size, source=SOURCE, batch_size=size)
+            for size in (1, LENGTH)
+        )
+        assert one.specs == many.specs
+        # a batch rounds differently: a pixel on the border may change sides
+        np.testing.assert_allclose(one.episode_iou, many.episode_iou, atol=0.2)
+        assert one.result.miou == pytest.approx(many.result.miou, abs=0.1)
+
+    def test_several_heads_in_one_pass(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        heads = {"ours": (segmenter.decoder, 0.3), "prior": (PriorReadout(1), -0.5), "same": (PriorReadout(1), 4.0)}
+        together = evaluate_heads(segmenter, heads, episodes, scoring_size=SIZE, source=SQUARE)
+        alone = evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE)
+        assert together["ours"].result == alone.result
+        assert together["prior"].result.miou != together["same"].result.miou
+        for name in ("prior", "same"):
+            readout = FewShotSegmenter(
+                backbone=segmenter.backbone,
+                similarity=segmenter.similarity,
+                decoder=PriorReadout(1),
+                threshold=heads[name][1],
+            )
+            assert together[name].result == evaluate(readout, episodes, scoring_size=SIZE, source=SQUARE).result
+
+    def test_changes_neither_model_nor_randomness(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
+        state = torch.get_rng_state()
+        evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in segmenter.state_dict().items())
+        assert all(parameter.grad is None for parameter in segmenter.parameters())
+
+    def test_progress_goes_to_stderr(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE)
+        assert capsys.readouterr().err == ""
+        evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE, show_progress=True)
+        captured = capsys.readouterr()
+        assert "evaluating" in captured.err
+        assert f"{LENGTH}/{LENGTH}" in captured.err
+        assert captured.out == ""
+
+
+class Planted:
+    """Episodes whose cells are one of two directions, by the mask: any map separates them, above no known value."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def __len__(self) -> int:
+        return 4
+
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
+        for first in range(start, len(self), batch_size):
+            yield self.batch(range(first, min(first + batch_size, len(self))))
+
+    def batch(self, numbers: range) -> FeatureBatch:
+        cells = torch.zeros(len(numbers), 4, 4, dtype=torch.uint8)
+        for row, number in enumerate(numbers):
+            cells[row, 1:3, : number + 1] = 1
+        levels = []
+        for channels in self.backbone.channels:
+            level = torch.ones(len(numbers), channels, 4, 4)
+            level[:, 0] += 5 * cells
+            levels.append(level)
+        masks = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)  # 16 x 16, a quarter of it is the grid
+        specs = tuple(EpisodeSpec(class_id=1 + n % 2, support_ids=("s",), query_id="q", seed=n) for n in numbers)
+        return FeatureBatch(
+            support_levels=tuple(levels),
+            support_masks=masks[:, None],
+            query_levels=tuple(levels),
+            query_masks=masks,
+            specs=specs,
+        )
+
+
+class TestChooseThreshold:
+    def test_equals_a_plain_loop_over_its_candidates(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
+    ) -> None:
+        side = SIZE // 4
+        logits = dict(enumerate(loop_logits(segmenter, episodes, side)))
+        values = np.sort(np.concatenate([one.numpy().ravel() for _, one in logits.values()]))
+        low, high = np.percentile(values, 2), np.percentile(values, 98)
+        scores = []
+        for k in range(11):
+            threshold, sums = low + (high - low) * k / 10, dict[int, list[int]]()
+            for spec, one in logits.values():
+                target = SQUARE.mask(spec.query_id, spec.class_id)[2::4, 2::4]
+                i, u = count((one > threshold).int(), target, 1)
+                total = sums.setdefault(spec.class_id, [0, 0])
+                total[0], total[1] = total[0] + i, total[1] + u
+            scores.append((100 * statistics.mean(i / u for i, u in sums.values()), threshold))
+        threshold, miou = choose_threshold(segmenter, episodes, candidates=11, batch_size=1)
+        assert miou == pytest.approx(max(scores)[0], rel=1e-6)
+        assert threshold == pytest.approx(max(scores)[1], rel=1e-5)
+        assert min(scores)[0] < miou
+
+    @pytest.mark.parametrize("channel", ["prototype similarity", "soft margin"])
+    def test_finds_the_planted_optimum(self, tiny_backbone: Backbone, channel: str) -> None:
+        planted = Planted(tiny_backbone)
+        segmenter = training_free(tiny_backbone, channel=channel).eval()
+        threshold, miou = choose_threshold(segmenter, planted)
+        assert miou == 100
+        batch = next(planted.batches(4))
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+        values = segmenter.segment_levels(support, batch.query_levels, (4, 4)).logits
+        inside = batch.query_masks[:, ::4, ::4] == 1
+        assert values[~inside].max() <= threshold < values[inside].min()
+
+    def test_the_default_threshold_would_not_do(self, tiny_backbone: Backbone) -> None:
+        planted = Planted(tiny_backbone)
+        segmenter = training_free(tiny_backbone, channel="prototype similarity").eval()
+        before = evaluate(segmenter, planted, scoring_size=4, source=SQUARE).result.miou
+        segmenter.threshold = choose_threshold(segmenter, planted)[0]
+        assert before < 60
+        assert evaluate(segmenter, planted, scoring_size=4, source=SQUARE).result.miou == 100
+
+    def test_several_decoders_in_one_pass(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        chosen = choose_thresholds(segmenter, {"ours": segmenter.decoder, "prior": PriorReadout(1)}, episodes)
+        assert chosen["ours"] == choose_threshold(segmenter, episodes)
+        assert chosen["prior"] != chosen["ours"]
+
+    def test_refuses_a_single_candidate(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        with pytest.raises(DataError, match="needs at least 2 candidates, got 1"):
+            choose_threshold(segmenter, episodes, candidates=1)
+
+
+class TestEvaluatePriors:
+    def test_names_every_map(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        scores = evaluate_priors(segmenter, episodes, kinds=ATTENTION_KINDS)
+        shown = {name for name in PRIOR_CHANNELS if name != "gradient attention"}
+        assert scores.keys() == shown | {f"gradient attention: {kind}" for kind in ATTENTION_KINDS} | {"PFENet"}
+        for score in scores.values():
+            assert score.episodes == LENGTH
+            for mean, low, high in (score.auc, score.best_iou):
+                assert 0 < mean < 1
+                assert low < mean < high
+
+    def test_equals_prior_scores_of_every_episode(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        aucs, ious = [], []
+        for batch in episodes.batches(1):
+            with torch.no_grad():
+                support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+                prior = segmenter.segment_levels(support, batch.query_levels, (SIZE, SIZE)).priors[:, [2]]
+            enlarged = F.interpolate(prior, (16, 16), mode="bilinear", align_corners=False)[0, 0]
+            auc, iou = prior_scores(enlarged, batch.query_masks[0, 2::4, 2::4])
+            aucs.append(auc)
+            ious.append(iou)
+        score = evaluate_priors(segmenter, episodes, kinds=(), batch_size=1)[PRIOR_CHANNELS[2]]
+        for (mean, low, high), values in ((score.auc, aucs), (score.best_iou, ious)):
+            assert mean == pytest.approx(statistics.mean(values))
+            error = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+            assert (low, high) == pytest.approx((mean - error, mean + error))
+
+    def test_second_negative_is_the_neighbours_object(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
+    ) -> None:
+        batch = next(episodes.batches(LENGTH))
+        with torch.no_grad():
+            support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+            maps = segmenter.similarity(batch.query_levels)
+        ious = []
+        for n in range(LENGTH):
+            one = segmenter.encode_support_levels(
+                tuple(level[2 * n : 2 * n + 2] for level in batch.support_levels), batch.support_masks[n : n + 1]
+            )
+            attention = segmenter.attention_maps(
+                one, maps[n : n + 1], "quadruplet", second_negative=support.foreground_embedding[[n - 1]]
+            )
+            enlarged = F.interpolate(attention[:, None], (16, 16), mode="bilinear", align_corners=False)[0, 0]
+            ious.append(prior_scores(enlarged, batch.query_masks[n, 2::4, 2::4])[1])
+        score = evaluate_priors(segmenter, episodes, kinds=("quadruplet",), batch_size=LENGTH)
+        assert score["gradient attention: quadruplet"].best_iou[0] == pytest.approx(statistics.mean(ious), abs=1e-3)
+
+    def test_planted_objects_are_found(self, tiny_backbone: Backbone) -> None:
+        scores = evaluate_priors(training_free(tiny_backbone), Planted(tiny_backbone), kinds=("margin", "cosine"))
+        for name in (*PRIOR_CHANNELS[:3], "gradient attention: margin", "PFENet"):
+            assert scores[name].auc[0] == pytest.approx(1), name
+            assert scores[name].best_iou[0] == pytest.approx(1), name
+
+    def test_refuses_another_prior(self, tiny_backbone: Backbone, episodes: CachedEpisodes) -> None:
+        with pytest.raises(DataError, match="needs a model with prior 'similarity', got 'pfenet'"):
+            evaluate_priors(build_segmenter(tiny_backbone, prior="pfenet"), episodes, kinds=())

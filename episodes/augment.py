@@ -44,9 +44,7 @@ def _random_crop(size: int) -> Any:
 
 
 def _colour() -> Any:
-    return A.ColorJitter(
-        brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.03, 0.03), p=0.8
-    )
+    return A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.03, 0.03), p=0.8)
 
 
 class EpisodeTransform:
@@ -109,9 +107,7 @@ class EpisodeTransform:
         return _run(self._whole, image, mask, [seed, _ATTEMPTS])
 
 
-def _run(
-    composition: Any, image: UInt8Array, mask: UInt8Array, entropy: list[int]
-) -> tuple[UInt8Array, UInt8Array]:
+def _run(composition: Any, image: UInt8Array, mask: UInt8Array, entropy: list[int]) -> tuple[UInt8Array, UInt8Array]:
     # One stream for all steps. `set_random_seed` would start every step at the same seed, and then
     # the mirrored pictures would all be cropped alike.
     generator = np.random.default_rng(entropy)

@@ -83,9 +83,7 @@ def class_split(class_ids: Sequence[int], dataset: FoldedDataset, fold: int) -> 
     return ClassSplit(base=tuple(c for c in sorted(class_ids) if c not in novel), novel=novel)
 
 
-def held_out_split(
-    class_ids: Sequence[int], dataset: FoldedDataset, fold: int, validation_fold: int
-) -> ClassSplit:
+def held_out_split(class_ids: Sequence[int], dataset: FoldedDataset, fold: int, validation_fold: int) -> ClassSplit:
     """Base and validation classes for model selection that never sees the test fold's classes.
 
     Args:

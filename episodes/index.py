@@ -91,8 +91,7 @@ def count_grid_points(mask: UInt8Array, scale: float = 1.0) -> int:
     6
     """
     rows, columns = (
-        np.floor(np.arange(1, np.ceil(side / scale), GRID_STEP) * scale).astype(np.int64)
-        for side in mask.shape
+        np.floor(np.arange(1, np.ceil(side / scale), GRID_STEP) * scale).astype(np.int64) for side in mask.shape
     )
     return int((mask[np.ix_(rows, columns)] == 1).sum())
 
@@ -127,9 +126,7 @@ def build_index(
     return index
 
 
-def _read_masks(
-    source: MaskSource, image_ids: tuple[str, ...], fingerprint: str, show_progress: bool
-) -> ClassIndex:
+def _read_masks(source: MaskSource, image_ids: tuple[str, ...], fingerprint: str, show_progress: bool) -> ClassIndex:
     areas: dict[str, dict[int, int]] = {}
     long_sides: dict[str, int] = {}
     as_original: dict[str, dict[int, int]] = {}
@@ -141,15 +138,13 @@ def _read_masks(
         long_sides[image_id] = side
         as_original[image_id] = {class_id: count_grid_points(mask) for class_id, mask in masks.items()}
         as_reduced[image_id] = {
-            class_id: count_grid_points(mask, min(1.0, side / GRID_LONG_SIDE))
-            for class_id, mask in masks.items()
+            class_id: count_grid_points(mask, min(1.0, side / GRID_LONG_SIDE)) for class_id, mask in masks.items()
         }
     # A copy of VOC whose longest photo is short of 500 pixels was reduced: then its largest photos stand for
     # 500 pixels each, and the ones below that length were small from the start and left as they were.
     longest = max(long_sides.values())
     grid_points = {
-        image_id: (as_reduced if long_sides[image_id] == longest else as_original)[image_id]
-        for image_id in image_ids
+        image_id: (as_reduced if long_sides[image_id] == longest else as_original)[image_id] for image_id in image_ids
     }
     return ClassIndex(image_ids=image_ids, areas=areas, grid_points=grid_points, fingerprint=fingerprint)
 

@@ -35,8 +35,7 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
     ) -> None:
         if support_transform.size != query_transform.size:
             raise DataError(
-                "supports and queries must have one size, "
-                f"got {support_transform.size} and {query_transform.size}"
+                f"supports and queries must have one size, got {support_transform.size} and {query_transform.size}"
             )
         self._source, self._sampler = source, sampler
         self._support_transform, self._query_transform = support_transform, query_transform
@@ -52,9 +51,7 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             self._source.image(spec.query_id), self._source.mask(spec.query_id, spec.class_id), seed=seeds[0]
         )
         supports = [
-            self._support_transform(
-                self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed
-            )
+            self._support_transform(self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed)
             for image_id, seed in zip(spec.support_ids, seeds[1:], strict=True)
         ]
         return EpisodeBatch(

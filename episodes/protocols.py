@@ -55,9 +55,7 @@ class EpisodeProtocol:
     def __post_init__(self) -> None:
         for field in ("episodes", "resolution", "min_area"):
             if getattr(self, field) < 1:
-                raise DataError(
-                    f"protocol {self.name}: {field} must be at least 1, got {getattr(self, field)}"
-                )
+                raise DataError(f"protocol {self.name}: {field} must be at least 1, got {getattr(self, field)}")
         if self.scoring_size is not None and self.scoring_size < 1:
             raise DataError(f"protocol {self.name}: scoring size must be at least 1, got {self.scoring_size}")
 
@@ -104,8 +102,7 @@ def list_pairs(protocol: EpisodeProtocol, index: ClassIndex, classes: Iterable[i
         for image_id, class_id in index.pairs(classes)
         if index.areas[image_id][class_id] >= protocol.min_area
         and (
-            index.grid_points[image_id][class_id] >= protocol.min_grid_points
-            or (image_id, class_id) in protocol.listed
+            index.grid_points[image_id][class_id] >= protocol.min_grid_points or (image_id, class_id) in protocol.listed
         )
     ]
 

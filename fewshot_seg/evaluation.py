@@ -235,7 +235,7 @@ def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[
         named[f"gradient attention: {kind}"] = segmenter.attention_maps(
             support, maps, kind, second_negative=support.foreground_embedding.roll(1, 0)
         )
-    named["PFENet"] = pfenet_prior(batch.query_levels[-1], support.last_level, support.last_foreground)
+    named["PFENet"] = pfenet_prior(join_levels(batch.query_levels), support.frozen, support.frozen_foreground)
     return named
 
 

@@ -118,11 +118,12 @@ def similarity_priors(
 def pfenet_prior(query_level: Tensor, support_level: Tensor, foreground: Tensor) -> Tensor:
     """PFENet's training-free prior (Tian et al., arXiv 2008.01449, eq. 3-6).
 
-    Cosine of every query cell with every foreground cell of the support in the last level, maximum over support
-    cells, min-max scaled per image, mean over shots.
+    Cosine of every query cell with every foreground cell of the support, maximum over support cells, min-max scaled
+    per image, mean over shots. PFENet takes the last block alone; the segmenter passes all levels joined, because
+    with our default backbone the level at 1/32 alone is far weaker, and a rival deserves its best form.
 
     Args:
-        query_level: float (B, C, h, w), the deepest level.
+        query_level: float (B, C, h, w), frozen features.
         support_level: float (B, K, C, h, w).
         foreground: float (B, K, h, w), fraction of the cell that is foreground.
 

@@ -36,8 +36,7 @@ class SupportEncoding:
         foreground, background: float (B, K*h*w), fraction of each cell.
         foreground_embedding, background_embedding: unit-length float (B, D).
         prototype: float (B, D), frozen features pooled over the foreground.
-        last_level: float (B, K, C, h', w'), deepest frozen level (for PFENet's prior).
-        last_foreground: float (B, K, h', w').
+        frozen: unit-length float (B, K, D, h, w), the joined frozen features themselves (for PFENet's prior).
     """
 
     cells: Tensor
@@ -46,8 +45,13 @@ class SupportEncoding:
     foreground_embedding: Tensor
     background_embedding: Tensor
     prototype: Tensor
-    last_level: Tensor
-    last_foreground: Tensor
+    frozen: Tensor
+
+    @property
+    def frozen_foreground(self) -> Tensor:
+        """float (B, K, h, w), fraction of each cell of `frozen` that is foreground."""
+        batch, shots, _, height, width = self.frozen.shape
+        return self.foreground.reshape(batch, shots, height, width)
 
     def expand(self, queries: int) -> SupportEncoding:
         """One support shared by a batch of queries (no copy). Raises ValueError if B is neither 1 nor `queries`."""
@@ -94,7 +98,7 @@ class FewShotSegmenter(nn.Module):
         backbone: frozen feature extractor.
         similarity: embeds its levels; trained or as it is.
         decoder: `MaskDecoder`, or `PriorReadout` for a prior alone.
-        prior: ``similarity`` (ours), ``pfenet`` (the rival, from frozen last-level features) or ``none``.
+        prior: ``similarity`` (ours), ``pfenet`` (the rival, from frozen features) or ``none``.
         attention: form of the score whose gradient is shown, see `fewshot_seg.attention`.
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
@@ -160,9 +164,9 @@ class FewShotSegmenter(nn.Module):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
         maps = self.similarity(levels)
         foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
-        last_foreground, _ = cell_weights(masks.flatten(0, 1), (levels[-1].shape[2], levels[-1].shape[3]))
         cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
-        frozen = join_levels(levels).flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
+        joined = join_levels(levels)
+        frozen_cells = joined.flatten(2).transpose(1, 2).reshape(batch, -1, joined.shape[1])
         foreground, background = foreground.reshape(batch, -1), background.reshape(batch, -1)
         return SupportEncoding(
             cells=cells,
@@ -170,9 +174,8 @@ class FewShotSegmenter(nn.Module):
             background=background,
             foreground_embedding=_pool(cells, foreground),
             background_embedding=_pool(cells, background),
-            prototype=_pool(frozen, foreground),
-            last_level=levels[-1].reshape(batch, shots, *levels[-1].shape[1:]),
-            last_foreground=last_foreground.reshape(batch, shots, *last_foreground.shape[1:]),
+            prototype=_pool(frozen_cells, foreground),
+            frozen=joined.reshape(batch, shots, *joined.shape[1:]),
         )
 
     def segment(self, support: SupportEncoding, images: Tensor) -> Prediction:
@@ -202,8 +205,7 @@ class FewShotSegmenter(nn.Module):
         if self.prior == "none":
             return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
         if self.prior == "pfenet":
-            prior = pfenet_prior(levels[-1], support.last_level, support.last_foreground)
-            return F.interpolate(prior[:, None], maps.shape[-2:], mode="bilinear", align_corners=False)
+            return pfenet_prior(join_levels(levels), support.frozen, support.frozen_foreground)[:, None]
         return similarity_priors(
             maps,
             support.cells,

@@ -126,13 +126,23 @@ def _variant(name: str, data: FoldData, folder: Path, quick: bool) -> list[dict[
     records = _scored(trained.segmenter, heads, data, quick)
     if name == OURS:
         records += _prior_records(trained.segmenter, data, "trained", quick)
-    seconds, peak = trained.result.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    timing = folder / name / "timing.json"  # a resumed run only knows its own last part
+    if len(trained.result.losses) == steps:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        write_json(timing, {"seconds": trained.result.seconds, "peak": peak})
+    measured = read_json(timing, what="timing") if timing.exists() else None
     base = {"shots": 1, "method": name, "episodes": HELD_OUT_EPISODES}
     return [
         *records,
         base | {"task": "selection", "metric": "held-out base mIoU", "value": trained.held_out_miou},
-        base | {"task": "speed", "metric": f"training seconds ({steps} steps, warm)", "value": seconds},
-        base | {"task": "speed", "metric": "peak memory of the process so far, GiB", "value": peak},
+        *([] if measured is None else _speed(base, steps, **measured)),
+    ]
+
+
+def _speed(base: dict[str, Any], steps: int, *, seconds: float, peak: float) -> list[dict[str, Any]]:
+    return [
+        base | {"task": "speed", "metric": f"training seconds ({steps} steps, warm, one thread)", "value": seconds},
+        base | {"task": "speed", "metric": "peak memory of the process up to the end of training, GiB", "value": peak},
     ]
 
 

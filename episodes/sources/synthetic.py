@@ -69,9 +69,7 @@ class SyntheticSource:
             ("size", 32),
         ):
             if getattr(self, field) < low:
-                raise DataError(
-                    f"synthetic source: {field} must be at least {low}, got {getattr(self, field)}"
-                )
+                raise DataError(f"synthetic source: {field} must be at least {low}, got {getattr(self, field)}")
         if self.base_classes + self.novel_classes > len(_LOOKS):
             raise DataError(
                 f"synthetic source: at most {len(_LOOKS)} classes can be told apart, got "
@@ -88,9 +86,7 @@ class SyntheticSource:
         """Class id -> texture and shape, for example ``striped star``; base classes first."""
         order = np.random.default_rng([self.seed, 1]).permutation(len(_LOOKS))
         count = self.base_classes + self.novel_classes
-        return {
-            class_id: " ".join(reversed(_LOOKS[look])) for class_id, look in enumerate(order[:count], start=1)
-        }
+        return {class_id: " ".join(reversed(_LOOKS[look])) for class_id, look in enumerate(order[:count], start=1)}
 
     @property
     def base_class_ids(self) -> tuple[int, ...]:
@@ -167,9 +163,7 @@ class SyntheticSource:
                     break
         return things[::-1], int(random.integers(2**31))
 
-    def _place(
-        self, class_id: int, names: Mapping[int, str], share: float, random: np.random.Generator
-    ) -> _Thing:
+    def _place(self, class_id: int, names: Mapping[int, str], share: float, random: np.random.Generator) -> _Thing:
         outline = OUTLINES[names[class_id].split()[1]]
         radius = float(np.sqrt(share * self.size**2 / outline.area))
         angle = random.uniform(-np.pi, np.pi) if random.uniform() < 0.3 else random.normal(0, 0.35)

@@ -118,9 +118,7 @@ class VocSource:
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
             raise SourceError(path, "missing", f"no split {split!r}", f"this data set has: {known}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(
-                path, "undecodable", f"not a readable text file ({error})", "replace it"
-            ) from None
+            raise SourceError(path, "undecodable", f"not a readable text file ({error})", "replace it") from None
         return tuple(line.split()[0] for line in lines if line.strip())
 
     def image(self, image_id: str) -> UInt8Array:

@@ -81,7 +81,7 @@ class SegmenterContract:
         assert support.cells.shape == (2, 3 * 16, width)
         assert support.foreground.shape == support.background.shape == (2, 3 * 16)
         assert support.prototype.shape == support.foreground_embedding.shape == (2, width)
-        assert support.last_foreground.shape == (2, 3, 2, 2)
+        assert support.frozen_foreground.shape == support.frozen.shape[:2] + support.frozen.shape[3:]
         prediction = segmenter.segment(support, photos(2, seed=1))
         assert prediction.logits.shape == prediction.attention.shape == prediction.masks.shape == (2, SIZE, SIZE)
         assert prediction.priors.shape == (2, prior_channels(segmenter.prior), 4, 4)
@@ -278,12 +278,11 @@ class TestSimilarityPriorWithAppearance(SegmenterContract):
 class TestPFENetPrior(SegmenterContract):
     options = {"prior": "pfenet"}  # noqa: RUF012 - read only
 
-    def test_prior_is_pfenets_from_the_last_frozen_level(self, segmenter: FewShotSegmenter) -> None:
+    def test_prior_is_pfenets_from_the_joined_frozen_levels(self, segmenter: FewShotSegmenter) -> None:
         images, masks = photos(1, 2), outlines(1, 2)
         support = segmenter.encode_support(images, masks)
-        last, query = segmenter.backbone(images[0])[-1], segmenter.backbone(photos(1, seed=1))[-1]
-        prior = pfenet_prior(query, last[None], cell_weights(masks[0], (2, 2))[0][None])
-        expected = F.interpolate(prior[:, None], (4, 4), mode="bilinear", align_corners=False)
+        frozen, query = join_levels(segmenter.backbone(images[0])), join_levels(segmenter.backbone(photos(1, seed=1)))
+        expected = pfenet_prior(query, frozen[None], cell_weights(masks[0], (4, 4))[0][None])[:, None]
         torch.testing.assert_close(segmenter.segment(support, photos(1, seed=1)).priors, expected)
 
 
@@ -295,7 +294,7 @@ class TestExpand:
     def test_shares_memory(self, tiny_backbone: Backbone) -> None:
         support = build_segmenter(tiny_backbone).encode_support(photos(1, 2), outlines(1, 2))
         shared = support.expand(4)
-        assert len(shared.cells) == len(shared.last_level) == 4
+        assert len(shared.cells) == len(shared.frozen) == 4
         assert shared.cells.data_ptr() == support.cells.data_ptr()
         assert support.expand(1) is support
 

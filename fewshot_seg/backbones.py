@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         self.strides = tuple(strides)
         self.channels = tuple(available[stride] for stride in strides)
         self.mean, self.std = tuple(mean), tuple(std)
-        # channels_last is 1.7 times as fast on the CPUs we measured
+        # depthwise convolutions are much faster in channels_last on CPUs
         self.encoder = encoder.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - frozen: the mode is refused on purpose

@@ -320,6 +320,7 @@ def protocol_for(source: MaskSource, protocol: EpisodeProtocol) -> EpisodeProtoc
         return dataclasses.replace(
             protocol,
             name=f"{protocol.name} (synthetic)",
+            description="Lists and draws of the protocol over the generated pictures, at their own size.",
             training_split="train",
             evaluation_split="val",
             resolution=source.size,

@@ -1,4 +1,4 @@
-"""Held-out mIoU of the training-free soft margin at several temperatures, on base classes only.
+"""Held-out mIoU and best threshold of the training-free soft margin at several temperatures, on base classes only.
 
     python scripts/choose_temperature.py --root ../shared/data/VOCdevkit/VOC2012
 
@@ -35,9 +35,13 @@ def main() -> None:
         data = open_fold(source, backbone, get_protocol("hsnet"), fold=fold, cache=arguments.cache)
         episodes = held_out_episodes(data, shots=1, count=arguments.episodes, seed=0)
         models = [training_free(backbone, temperature=temperature).eval() for temperature in arguments.temperatures]
-        columns.append([choose_threshold(model, episodes)[1] for model in models])
+        columns.append([choose_threshold(model, episodes) for model in models])
     rows = [
-        [f"{temperature:g}", *(f"{value:.1f}" for value in values), f"{sum(values) / 4:.1f}"]
+        [
+            f"{temperature:g}",
+            *(f"{miou:.1f} at {threshold:.2f}" for threshold, miou in values),
+            f"{sum(miou for _, miou in values) / 4:.1f}",
+        ]
         for temperature, values in zip(arguments.temperatures, zip(*columns, strict=True), strict=True)
     ]
     print(text_table(Table(header=["temperature", *(f"without fold {fold}" for fold in range(4)), "mean"], rows=rows)))

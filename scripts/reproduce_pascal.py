@@ -14,7 +14,6 @@ import resource
 import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,15 @@ def _variant(name: str, data: FoldData, folder: Path, quick: bool) -> list[dict[
     )
     assert trained.selection is not None
     assert trained.held_out_miou is not None
-    notes = {"protocol": asdict(data.protocol) | {"listed": sorted(data.protocol.listed)}, "variant": name}
+    notes = {
+        "source": data.source.name,
+        "protocol": data.protocol.name,
+        "fold": data.fold,
+        "base_classes": data.split.base,
+        "novel_classes": data.split.novel,
+        "fingerprint": data.fingerprint,
+        "variant": name,
+    }
     model = folder / name / "model.safetensors"
     save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=data.resolution, notes=notes)
     heads: dict[str, tuple[Decoder, float]] = {name: (trained.segmenter.decoder, trained.segmenter.threshold)}

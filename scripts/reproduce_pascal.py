@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import shlex
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,9 +37,9 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 OURS = "ours: decoder on our prior maps"
 VARIANTS: dict[str, dict[str, Any]] = {
     OURS: {"prior": "similarity"},
-    "ours + appearance features": {"prior": "similarity", "appearance": 16},
     "decoder on PFENet's prior": {"prior": "pfenet"},
     "decoder on features and prototype, no prior": {"prior": "none", "appearance": 32},
+    "ours + appearance features": {"prior": "similarity", "appearance": 16},
 }
 READOUTS: dict[str, Decoder] = {
     "gradient attention alone": PriorReadout(PRIOR_CHANNELS.index("gradient attention"), scaled=True),
@@ -89,8 +90,8 @@ def _fold(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list
     backbone = build_backbone()
     data = open_fold(VocSource(root), backbone, get_protocol("hsnet"), fold=fold, cache=cache)
     folder = out / f"fold{fold}"
-    cells = {name: partial(_variant, name, data, folder, quick) for name in VARIANTS}
-    cells["training-free"] = partial(_training_free, data, quick)
+    cells = {"training-free": partial(_training_free, data, quick)}
+    cells |= {name: partial(_variant, name, data, folder, quick) for name in VARIANTS}
     records: list[dict[str, Any]] = []
     for name, compute in cells.items():
         kept = folder / f"{name}.json"
@@ -158,20 +159,24 @@ def _training_free(data: FoldData, quick: bool) -> list[dict[str, Any]]:
     drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
     chosen = choose_thresholds(segmenter, READOUTS, drawn)
     heads = {f"{key}, training-free": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
-    return [*_scored(segmenter, heads, data, quick), *_prior_records(segmenter, data, "untrained", quick)]
+    return [*_scored(segmenter, heads, data, quick, shots=(1,)), *_prior_records(segmenter, data, "untrained", quick)]
 
 
 def _scored(
-    segmenter: FewShotSegmenter, heads: dict[str, tuple[Decoder, float]], data: FoldData, quick: bool
+    segmenter: FewShotSegmenter,
+    heads: dict[str, tuple[Decoder, float]],
+    data: FoldData,
+    quick: bool,
+    shots: Sequence[int] = SHOTS,
 ) -> list[dict[str, Any]]:
     records = []
-    for shots in SHOTS:
-        drawn = evaluation_episodes(data, shots=shots, count=20 if quick else None)
+    for shot_count in shots:
+        drawn = evaluation_episodes(data, shots=shot_count, count=20 if quick else None)
         scored = evaluate_heads(
             segmenter.eval(), heads, drawn, scoring_size=data.protocol.scoring_size, source=data.source
         )
         for method, evaluation in scored.items():
-            records += _records(method, shots, evaluation, data)
+            records += _records(method, shot_count, evaluation, data)
     return records
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from episodes.types import DataError
 from episodes.verify import verify
 from fewshot_seg.config import (
     DemoConfig,
@@ -22,6 +23,7 @@ from fewshot_seg.method import open_method, open_on_data
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.photos import find_queries, read_support
 from fewshot_seg.prediction import Predictor, predict_folder
+from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
 from fewshot_seg.runs import (
     MODEL_NAME,
@@ -37,7 +39,7 @@ from fewshot_seg.runs import (
 from fewshot_seg.runtime import environment, pick_device, write_json
 
 _PREDICT_SIZE = 400
-_PREDICT_THRESHOLD = 0.0  # of the bare soft margin: as near to the object as to the background
+_PREDICT_THRESHOLD = 0.5  # of the bare soft margin: best on held-out base classes (scripts/choose_temperature.py)
 
 
 def demo(config: DemoConfig) -> int:
@@ -149,6 +151,8 @@ def predict(config: PredictConfig) -> int:
     supports = [read_support(pair) for pair in config.support]
     method = open_method(config)
     if not method.threshold_origin:
+        if config.prior_map not in (None, PRIOR_CHANNELS[0]):
+            raise DataError(f"--prior-map {config.prior_map!r} has no threshold of its own; give one with --threshold")
         method.segmenter.threshold = _PREDICT_THRESHOLD
     predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE)
     predictor.remember([photo for photo, _ in supports], [mask for _, mask in supports])

@@ -212,7 +212,7 @@ class DemoConfig(DeviceSettings):
 
     out: Path = setting("folder for pictures and page", Path("runs/demo"))
     seed: int = setting("seed of pictures, weights and episodes", 0, minimum=0)
-    steps: int = setting("training steps", 150, minimum=1)
+    steps: int = setting("training steps", 100, minimum=1)
     batch_size: int = setting("episodes per step", 8, minimum=1)
     episodes: int = setting("episodes of the evaluation on novel classes", 200, minimum=1)
     pictures: int = setting("episodes to draw", 6, minimum=1)

@@ -47,7 +47,9 @@ class DemoResult:
 
 def run_demo(config: DemoConfig, *, show_progress: bool = False) -> DemoResult:
     """Train on the synthetic base classes, score on the novel ones, write pictures and a page to `config.out`."""
-    source = SyntheticSource(seed=config.seed, size=config.resolution)
+    source = SyntheticSource(
+        seed=config.seed, images_per_class=12, size=config.resolution
+    )  # enough, in a minute or two
     backbone = build_backbone(config.backbone, weights=config.backbone_weights).to(pick_device(config.device))
     protocol = protocol_for(source, get_protocol("hsnet"))
     data = open_fold(source, backbone, protocol, fold=0, show_progress=show_progress)

@@ -14,8 +14,8 @@ _VOC_DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "VOCdev
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from episodes.index import ClassIndex, build_index
 from episodes.sampler import EpisodeSampler
@@ -15,11 +14,6 @@ from fewshot_seg.feature_episodes import CachedEpisodes
 from fewshot_seg.features import FeatureStore, MaskStore
 
 TINY_SIZE = 64
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread(_two_threads: None) -> None:
-    torch.set_num_threads(1)  # threads only get in each other's way at these sizes
 
 
 @pytest.fixture(scope="session")

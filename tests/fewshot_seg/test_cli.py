@@ -269,6 +269,12 @@ class TestBadInput:
         file.write_text("stepz = 3")
         assert f"{file}: unknown key 'stepz'; did you mean steps" in error_of("train", "--config", str(file))
 
+    def test_prior_map_without_threshold(self, tiny_voc: Path, error_of: Callable[..., str]) -> None:
+        photo, mask = (tiny_voc / name for name in ("JPEGImages/val_01_0.jpg", "SegmentationClassAug/val_01_0.png"))
+        arguments = ("--support", f"{photo}:{mask}", "--query", str(photo), *TINY)
+        message = error_of("predict", *arguments, "--prior-map", "prototype margin")
+        assert message == "--prior-map 'prototype margin' has no threshold of its own; give one with --threshold"
+
     def test_missing_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
         message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(tmp_path / "m.safetensors"))
         assert message.startswith(f"no model file at {tmp_path / 'm.safetensors'}")

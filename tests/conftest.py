@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-_VOC_DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "VOCdevkit" / "VOC2012"
+_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+_VOC_DEFAULT = _DATA / "VOCdevkit" / "VOC2012"
+_CUB_DEFAULT = _DATA / "cub_subset"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,6 +26,15 @@ def voc_root() -> Path:
     root = Path(os.environ.get("FEWSHOT_SEG_VOC", _VOC_DEFAULT))
     if not (root / "JPEGImages").is_dir():
         pytest.skip(f"no VOC data at {root}; set FEWSHOT_SEG_VOC to a VOC2012 folder")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cub_root() -> Path:
+    """Folder of the CUB part, with train/ and test/, or skip."""
+    root = Path(os.environ.get("FEWSHOT_SEG_CUB", _CUB_DEFAULT))
+    if not (root / "train").is_dir():
+        pytest.skip(f"no CUB data at {root}; set FEWSHOT_SEG_CUB to a folder with train/ and test/")
     return root
 
 

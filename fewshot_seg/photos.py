@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from episodes.sources.decoding import rgb
 from episodes.types import IGNORE, DataError, UInt8Array
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
@@ -39,15 +40,7 @@ def read_photo(path: Path) -> UInt8Array:
     Raises:
         DataError: missing or undecodable file.
     """
-    picture = _open(path, "photo")
-    if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
-        values = np.asarray(picture).astype(np.float64)
-        grey = values / 257 if values.max(initial=0) > 255 else values
-        return np.repeat(np.clip(np.round(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if picture.has_transparency_data:
-        above = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-    return np.array(picture.convert("RGB"))
+    return rgb(_open(path, "photo"))
 
 
 def read_object_mask(path: Path) -> UInt8Array:

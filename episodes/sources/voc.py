@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from PIL import Image
 
+from episodes.sources.decoding import missing_file, opened
 from episodes.sources.errors import SourceError
 from episodes.types import IGNORE, DataError, UInt8Array
 
@@ -28,17 +25,6 @@ VOC_CLASS_NAMES: Mapping[int, str] = MappingProxyType(dict(enumerate(_NAMES, sta
 
 _MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
-# What Pillow's decoders raise on damaged files, by experience: each plugin has its own habits.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 def _find_root(root: Path) -> Path:
@@ -124,7 +110,7 @@ class VocSource:
     def image(self, image_id: str) -> UInt8Array:
         """RGB image, uint8 (H, W, 3). Raises SourceError when missing or damaged."""
         path = self.image_file(image_id)
-        with _opened(path, "photo") as picture:
+        with opened(path, "photo") as picture:
             return np.asarray(picture.convert("RGB"))
 
     def mask(self, image_id: str, class_id: int) -> UInt8Array:
@@ -138,7 +124,7 @@ class VocSource:
             raise DataError(f"class id {class_id} is not one of VOC's 1..20; choose one of those")
         labels = self._labels(image_id)
         path = self.image_file(image_id)
-        with _opened(path, "photo") as picture:
+        with opened(path, "photo") as picture:
             width, height = picture.size
         if labels.shape != (height, width):
             raise SourceError(
@@ -174,13 +160,13 @@ class VocSource:
                 try:
                     entry = os.stat(path)  # noqa: PTH116  thousands of files: a Path each would double the time
                 except OSError:
-                    raise _missing(Path(path)) from None
+                    raise missing_file(Path(path)) from None
                 digest.update(f"{path[len(prefix) :]}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def _labels(self, image_id: str) -> UInt8Array:
         path = self.mask_file(image_id)
-        with _opened(path, "mask") as picture:
+        with opened(path, "mask") as picture:
             if picture.mode in _COLOUR_MODES:
                 raise SourceError(
                     path,
@@ -196,24 +182,3 @@ class VocSource:
                     "save it as mode L",
                 )
             return np.asarray(picture)
-
-
-def _missing(path: Path) -> SourceError:
-    return SourceError(path, "missing", "no such file", "put it there or drop its id from the split's list")
-
-
-@contextmanager
-def _opened(path: Path, what: str) -> Iterator[Image.Image]:
-    """An open picture; whatever goes wrong in the block while decoding it becomes a `SourceError`."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except SourceError:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(path) from None
-    except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(
-            path, "undecodable", f"{what} cannot be decoded ({reason})", "fetch or save the file again"
-        ) from None

@@ -24,9 +24,10 @@ from fewshot_seg.backbones import Backbone
 from fewshot_seg.evaluation import choose_threshold
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import DEFAULT_BYTE_BUDGET, FeatureStore, MaskStore
+from fewshot_seg.optimisation import TrainingResult
 from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter
-from fewshot_seg.training import TrainingResult, train
+from fewshot_seg.training import train
 
 Augment = Literal["none", "mirror", "standard"]
 _HELD_OUT_SEED = 1

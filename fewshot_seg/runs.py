@@ -19,9 +19,9 @@ from fewshot_seg.config import CacheSettings, Config, DataSettings, TrainConfig
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import FoldData, TrainedFold, open_fold, protocol_for, train_fold
 from fewshot_seg.metrics import IoUResult
+from fewshot_seg.optimisation import CHECKPOINT_NAME
 from fewshot_seg.runtime import environment, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
-from fewshot_seg.training import CHECKPOINT_NAME
 
 MODEL_NAME = "model.safetensors"
 RUN_NAME = "run.json"

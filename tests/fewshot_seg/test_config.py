@@ -24,9 +24,9 @@ from fewshot_seg.config import (
     settings_of,
 )
 from fewshot_seg.experiment import Augment
+from fewshot_seg.optimisation import SCHEDULES
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import PRIOR_KINDS
-from fewshot_seg.training import SCHEDULES
 
 ALL = (DemoConfig, VerifyConfig, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig)
 

@@ -33,17 +33,10 @@ from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch, FeatureEpisodes
 from fewshot_seg.features import FeatureStore, MaskStore
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
+from fewshot_seg.optimisation import CHECKPOINT_NAME, SCHEDULES, Schedule, TrainingResult, learning_rate_at
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights
-from fewshot_seg.training import (
-    CHECKPOINT_NAME,
-    SCHEDULES,
-    Schedule,
-    TrainingResult,
-    episode_losses,
-    learning_rate_at,
-    train,
-)
+from fewshot_seg.training import episode_losses, train
 
 STEPS, BATCH = 12, 2
 BACKBONE = "mobilenetv3_small_050"

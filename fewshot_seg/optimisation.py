@@ -1,0 +1,267 @@
+"""One run of an optimiser that can be killed and resumed: steps, schedule, checkpoints, logs.
+
+Everything random is a function of (seed, step), so a run that was killed and resumed ends with the same weights
+as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from episodes.types import DataError
+from fewshot_seg.checkpoint import read_tensors, write_tensors
+from fewshot_seg.runtime import atomic_path
+
+Schedule = Literal["one-cycle", "cosine"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+_GRADIENT_NORM = 1.0
+
+Batch = TypeVar("Batch")
+
+
+class Trainee(Protocol):
+    """What is trained: its parameters, and its tensors for the checkpoint."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Those that the optimiser may change, in a fixed order."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for the checkpoint. No name begins with ``optimiser.``."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """Put `tensors` back. Raises DataError naming the file when they do not fit."""
+        ...
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout and the like."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a checkpoint must agree on to be resumed.
+
+    Attributes:
+        steps: optimiser steps in all.
+        learning_rate, weight_decay, schedule: of AdamW; see `learning_rate_at`.
+        seed: of dropout.
+        details: whatever else decides the weights, JSON-able.
+
+    Raises:
+        DataError: fewer than one step, or an unknown schedule.
+    """
+
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    schedule: Schedule
+    seed: int
+    details: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise DataError(f"steps must be at least 1, got {self.steps}")
+        if self.schedule not in SCHEDULES:
+            raise DataError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, flat."""
+        own = {name: getattr(self, name) for name in ("steps", "learning_rate", "weight_decay", "schedule", "seed")}
+        return {**own, **self.details}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """Loss of every step taken in this call, its seconds, and the number of steps that the weights have seen."""
+
+    losses: tuple[float, ...]
+    seconds: float
+    steps: int
+
+
+def learning_rate_at(step: int, steps: int, peak: float, schedule: Schedule) -> float:
+    """Learning rate of a step, 0-based.
+
+    ``one-cycle``: cosine rise from peak/25 over the first tenth, then cosine fall to peak/25e4 (Smith and Topin,
+    arXiv 1708.07120, as torch's OneCycleLR has it); ``cosine``: fall from peak to 0 without warm-up.
+    """
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * step / steps)) / 2
+    rise = max(1.0, 0.1 * steps - 1)
+    if step <= rise:
+        low, high, way = peak / 25, peak, step / rise
+    else:
+        low, high, way = peak / 25e4, peak, 1 - (step - rise) / max(1.0, steps - 1 - rise)
+    return low + (high - low) * (1 - math.cos(math.pi * way)) / 2
+
+
+def optimise(
+    trainee: Trainee,
+    batches: Callable[[int], Iterator[Batch]],
+    losses: Callable[[Batch], Mapping[str, Tensor]],
+    *,
+    plan: Plan,
+    describe: Callable[[Batch], str],
+    folder: Path | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    show_progress: bool = False,
+    log_every: int = 10,
+) -> TrainingResult:
+    """Train in place with AdamW.
+
+    Args:
+        trainee: what is trained.
+        batches: batches(n) gives the batches of steps n, n + 1, ...
+        losses: named scalars of a batch; ``loss`` is the one that is minimised, the others are logged.
+        plan: schedule and length.
+        describe: names a batch in the message of a loss that is not finite.
+        folder: for training.jsonl, tensorboard/ and checkpoint.safetensors; None writes nothing.
+        checkpoint_every: steps between checkpoints.
+        resume: go on from the folder's checkpoint, if there is one.
+        show_progress: progress bar with time left on stderr.
+        log_every: steps between log lines.
+
+    Raises:
+        DataError: an argument outside its range, nothing to train, a checkpoint of another run, or a loss that is
+            not finite.
+    """
+    if checkpoint_every < 1 or log_every < 1:
+        raise DataError(f"checkpoint_every and log_every must be at least 1, got {checkpoint_every} and {log_every}")
+    run = _Run(trainee, plan, folder, resume=resume, log_every=log_every)
+    began, taken = time.perf_counter(), list[float]()
+    trainee.set_training(True)
+    following = batches(run.step)
+    bar = tqdm(initial=run.step, total=plan.steps, desc="training", unit="step", disable=not show_progress)
+    try:
+        with bar:
+            while run.step < plan.steps:
+                taken.append(run.take_step(next(following), losses, describe))
+                bar.set_postfix(loss=f"{sum(taken[-50:]) / len(taken[-50:]):.3f}", refresh=False)
+                bar.update()
+                if run.step % checkpoint_every == 0 or run.step == plan.steps:
+                    run.save()
+    except KeyboardInterrupt:
+        if not run.updating:  # else the weights are between two steps; the last checkpoint is whole
+            run.save()
+        raise
+    finally:
+        run.close()
+        trainee.set_training(False)
+    return TrainingResult(losses=tuple(taken), seconds=time.perf_counter() - began, steps=run.step)
+
+
+class _Run:
+    """State of one training: optimiser, step, files."""
+
+    def __init__(self, trainee: Trainee, plan: Plan, folder: Path | None, *, resume: bool, log_every: int) -> None:
+        self.trainee, self.plan, self.folder, self.log_every = trainee, plan, folder, log_every
+        self.parameters = list(trainee.parameters())
+        if not self.parameters:
+            raise DataError("nothing to train: no part of this model has parameters")
+        self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=plan.weight_decay)
+        self.step, self.updating = 0, False
+        if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
+            self._load(folder / CHECKPOINT_NAME)
+        self.writer = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log(folder / "training.jsonl")
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step + 1)
+
+    def take_step(
+        self, batch: Batch, losses: Callable[[Batch], Mapping[str, Tensor]], describe: Callable[[Batch], str]
+    ) -> float:
+        plan = self.plan
+        rate = learning_rate_at(self.step, plan.steps, plan.learning_rate, plan.schedule)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed * 1_000_003 + self.step)  # dropout: a function of (seed, step)
+            named = losses(batch)
+        loss = named["loss"]
+        if not torch.isfinite(loss):
+            raise DataError(f"loss is {loss.item()} at step {self.step}; lower --learning-rate; {describe(batch)}")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_NORM)
+        self.updating = True
+        self.optimiser.step()
+        self.step += 1
+        if self.step % self.log_every == 0:
+            self._log(**{name: value.item() for name, value in named.items()}, rate=rate)
+        self.updating = False
+        return float(loss.detach())
+
+    def save(self) -> None:
+        if self.folder is None:
+            return
+        state = {
+            f"optimiser.{number}.{name}": value
+            for number, parameter in enumerate(self.parameters)
+            for name, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        description = {"format": 1, "step": self.step, "plan": self.plan.as_json()}
+        write_tensors(self.folder / CHECKPOINT_NAME, self.trainee.tensors() | state, description)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _load(self, path: Path) -> None:
+        tensors, description = read_tensors(path)
+        now = json.loads(json.dumps(self.plan.as_json()))  # as it comes back from the file
+        if description.get("plan") != now:
+            raise DataError(
+                f"{path} belongs to a run with other settings ({description.get('plan')}, now {now}); "
+                "choose another --out, or leave out --resume to start again"
+            )
+        self.trainee.restore(
+            {name: value for name, value in tensors.items() if not name.startswith("optimiser.")}, path
+        )
+        for number, parameter in enumerate(self.parameters):
+            prefix = f"optimiser.{number}."
+            state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            if state:
+                # the step counter stays on the CPU, as AdamW keeps it
+                self.optimiser.state[parameter] = {
+                    name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
+                }
+        self.step = int(description["step"])
+
+    def _cut_log(self, path: Path) -> None:
+        """Drop lines beyond the checkpoint: a killed run may have logged steps that it then lost."""
+        lines = path.read_text().splitlines() if path.exists() and self.step else []
+        kept = [line for line in lines if _step_of(line) <= self.step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+    def _log(self, **values: float) -> None:
+        if self.folder is None or self.writer is None:
+            return
+        with (self.folder / "training.jsonl").open("a") as log:
+            log.write(json.dumps({"step": self.step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a torn line

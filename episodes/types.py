@@ -79,6 +79,18 @@ class EpisodeBatch:
         return len(self.specs)
 
 
+class PhotoSource(Protocol):
+    """Photos by id: what features are computed from. Every `MaskSource` is one."""
+
+    def image(self, image_id: str) -> UInt8Array:
+        """RGB image, uint8 (H, W, 3)."""
+        ...
+
+    def fingerprint(self, image_ids: Sequence[str]) -> str:
+        """Hex digest that changes when one of these photos changes; fast."""
+        ...
+
+
 @runtime_checkable
 class MaskSource(Protocol):
     """Images with masks per class, by id. Every data set of this package is one of these.

@@ -9,6 +9,8 @@ for the embedding of this package, f = GAP(A) / |GAP(A)|, and a score that is li
 
     ds/dA_k(x) = (v_k - (v . f) f_k) / (|GAP(A)| h w)   for every cell x,
     alpha_k    = GAP(ds/dA_k) = the same number,        M = ReLU(sum_k alpha_k A_k).
+
+`fewshot_seg.embedding_attention` runs it on any model that turns images into embeddings.
 """
 
 from __future__ import annotations
@@ -23,11 +25,36 @@ from torch import Tensor
 AttentionKind = Literal["siamese", "triplet", "quadruplet", "cosine", "margin"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
 
-_NEGATIVES: dict[AttentionKind, int] = {"siamese": 0, "triplet": 1, "quadruplet": 2, "cosine": 0, "margin": 1}
+NEGATIVES_NEEDED: dict[AttentionKind, int] = {"siamese": 0, "triplet": 1, "quadruplet": 2, "cosine": 0, "margin": 1}
+"""How many negatives each kind compares with, beside the anchor and the positive."""
+
+
+def weigh_maps(maps: Tensor, gradients: Tensor, *, elementwise: bool = False, rectify: bool = True) -> Tensor:
+    """Maps weighted by the gradient of a score and summed over channels: the last step of gradient attention.
+
+    Args:
+        maps: float (B, C, h, w), the A_k.
+        gradients: float (B, C, h, w), ds/dA_k(x) for every cell x.
+        elementwise: False is arXiv 2008.06035, alpha_k = GAP(ds/dA_k) and M = ReLU(sum_k alpha_k A_k). True weights
+            every cell by its own gradient, M(x) = ReLU(sum_k ds/dA_k(x) A_k(x)) (HiResCAM, arXiv 2011.08891). The two
+            are the same where the gradient does not change from cell to cell, as behind global average pooling.
+        rectify: False leaves out the ReLU.
+
+    Returns:
+        float (B, h, w).
+    """
+    weights = gradients if elementwise else gradients.mean(dim=(2, 3), keepdim=True)
+    weighted = (weights * maps).sum(dim=1)
+    return weighted.relu() if rectify else weighted
 
 
 def gradient_attention(
-    scores: Tensor, maps: Sequence[Tensor], *, create_graph: bool = False, rectify: bool = True
+    scores: Tensor,
+    maps: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    elementwise: bool = False,
+    rectify: bool = True,
 ) -> tuple[Tensor, ...]:
     """Attention of each level of convolutional maps for one scalar score per image (arXiv 2008.06035).
 
@@ -35,6 +62,7 @@ def gradient_attention(
         scores: float (B,), score i depends on image i only.
         maps: one or more float (B, C, h, w) that the scores were computed from; one backward pass serves all.
         create_graph: keep the graph, so that a loss on the attention can train the network.
+        elementwise: weight every cell by its own gradient instead of the mean over cells; see `weigh_maps`.
         rectify: False leaves out the ReLU, so that dissimilar evidence stays visible as negative values.
 
     Returns:
@@ -61,8 +89,7 @@ def gradient_attention(
         for level, (gradient, level_maps) in enumerate(zip(gradients, maps, strict=True)):
             if gradient is None:
                 raise ValueError(f"the scores do not depend on maps[{level}]; pass the maps they were computed from")
-            weighted = (gradient.mean(dim=(2, 3), keepdim=True) * level_maps).sum(dim=1)
-            attention.append(weighted.relu() if rectify else weighted)
+            attention.append(weigh_maps(level_maps, gradient, elementwise=elementwise, rectify=rectify))
     if create_graph:
         return tuple(attention)
     return tuple(level_attention.detach() for level_attention in attention)
@@ -118,18 +145,57 @@ def score_direction(kind: AttentionKind, anchor: Tensor, positive: Tensor, negat
     Raises:
         ValueError: unknown kind, or fewer negatives than it needs.
     """
-    if kind not in _NEGATIVES:
+    if kind not in NEGATIVES_NEEDED:
         raise ValueError(f"unknown attention kind {kind!r}; known: {', '.join(ATTENTION_KINDS)}")
-    if len(negatives) < _NEGATIVES[kind]:
-        raise ValueError(f"attention kind {kind!r} needs {_NEGATIVES[kind]} negative(s), got {len(negatives)}")
+    if len(negatives) < NEGATIVES_NEEDED[kind]:
+        raise ValueError(f"attention kind {kind!r} needs {NEGATIVES_NEEDED[kind]} negative(s), got {len(negatives)}")
     if kind == "cosine":
         return F.normalize(positive, dim=1)
     if kind == "margin":
         return F.normalize(positive, dim=1) - F.normalize(negatives[0], dim=1)
     direction = similar_weight(anchor, F.normalize(positive, dim=1))
-    for negative in negatives[: _NEGATIVES[kind]]:
+    for negative in negatives[: NEGATIVES_NEEDED[kind]]:
         direction = direction * dissimilar_weight(anchor, F.normalize(negative, dim=1))
     return direction
+
+
+def image_directions(
+    kind: AttentionKind, anchor: Tensor, positive: Tensor | None, negatives: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The vector v_i of every image's score s_i = v_i . f_i, in the order anchor, positive, negatives.
+
+    | kind | anchor | positive | each negative |
+    |---|---|---|---|
+    | siamese, triplet, quadruplet | w of `score_direction`, detached | w | w |
+    | siamese without positive (dissimilar pair) | w_n = abs(f_a - f_n), detached | - | w_n |
+    | cosine, s = f_a . f_p | f_p | f_a | - |
+    | margin, s = f_a . f_p - f_a . f_n | f_p - f_n | f_a | f_a |
+
+    The margin falls with the negative's resemblance to the anchor: its own gradient would be along -f_a, and the ReLU
+    would leave what the negative does *not* share. The negative is therefore explained by f_a . f_n: where it
+    resembles the anchor, which is what the margin suffers from.
+
+    Args:
+        kind: form of the score.
+        anchor, positive: L2-normalised float (B, D); positive None is a dissimilar pair.
+        negatives: as many as the kind needs, L2-normalised float (B, D).
+
+    Returns:
+        One float (B, D) per image. Those of cosine and margin carry the gradient of the embeddings.
+
+    Raises:
+        ValueError: unknown kind, too few negatives, or no positive where the kind needs one.
+    """
+    if positive is None:
+        if kind != "siamese" or len(negatives) != 1:
+            raise ValueError(
+                f"only kind 'siamese' with one negative goes without a positive, got {kind!r} and {len(negatives)}"
+            )
+        weight = dissimilar_weight(anchor, negatives[0])
+        return weight, weight
+    direction = score_direction(kind, anchor, positive, negatives)
+    other = anchor if kind in ("cosine", "margin") else direction
+    return direction, other, *(other for _ in negatives)
 
 
 def scale_map(maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:

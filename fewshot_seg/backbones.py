@@ -76,6 +76,10 @@ class Backbone(nn.Module):
         Raises:
             DataError: the encoder rounds this size down (convnext, vgg, densenet at other than multiples of 32).
         """
+        return self.differentiable(images)
+
+    def differentiable(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As `forward`, with a gradient from the features back to the images; the weights stay frozen."""
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         maps = self.encoder(((images - mean) / std).contiguous(memory_format=torch.channels_last))

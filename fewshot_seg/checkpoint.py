@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from episodes.types import DataError
-from fewshot_seg.backbones import build_backbone
+from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -76,7 +76,23 @@ def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
 
 def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tensor], *, where: Path) -> None:
     """Put `trained_tensors` back. Raises DataError naming the file when names or shapes differ."""
-    own = trained_tensors(segmenter)
+    _check_fit(trained_tensors(segmenter), tensors, where)
+    for part in ("similarity", "decoder"):
+        load_part(getattr(segmenter, part), tensors, prefix=f"{part}.", where=where)
+
+
+def load_part(part: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str, where: Path) -> None:
+    """Put the tensors whose names begin with `prefix` into a module.
+
+    Raises:
+        DataError: names or shapes differ; `where` is the file that is named.
+    """
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    _check_fit(part.state_dict(), state, where)
+    part.load_state_dict(state)
+
+
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
     wrong = sorted(
         name
         for name in own.keys() | tensors.keys()
@@ -84,10 +100,6 @@ def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tens
     )
     if wrong:
         raise DataError(f"{where} does not fit this model: {len(wrong)} tensors differ, first {', '.join(wrong[:3])}")
-    for part in ("similarity", "decoder"):
-        prefix = f"{part}."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        getattr(segmenter, part).load_state_dict(state)
 
 
 def save_segmenter(
@@ -109,11 +121,7 @@ def save_segmenter(
     """
     decoder = segmenter.decoder
     description = {
-        "format": _FORMAT,
-        "backbone": segmenter.backbone.name,
-        "strides": segmenter.backbone.strides,
-        "backbone_fingerprint": segmenter.backbone.fingerprint,
-        "backbone_weights": backbone_weights,
+        **_describe_backbone(segmenter.backbone, backbone_weights),
         "similarity_rank": segmenter.similarity.rank,
         "decoder": decoder.description(),
         "prior": segmenter.prior,
@@ -140,16 +148,10 @@ def load_segmenter(
         DataError: missing, damaged or foreign file, or a backbone with other weights than in training.
     """
     tensors, description = read_tensors(path)
+    if description.get("kind") == "similarity":
+        raise DataError(f"{path} holds a similarity network alone, without a decoder; give it with --similarity")
     try:
-        backbone = build_backbone(
-            description["backbone"],
-            strides=description["strides"],
-            weights=backbone_weights or description["backbone_weights"],
-        )
-        if backbone.fingerprint != description["backbone_fingerprint"]:
-            raise DataError(
-                f"{path} was trained on other weights of {backbone.name}; name the right file with --backbone-weights"
-            )
+        backbone = _backbone_of(description, backbone_weights, path)
         decoder_kind = PriorReadout if "channel" in description["decoder"] else MaskDecoder
         segmenter = FewShotSegmenter(
             backbone=backbone,
@@ -167,3 +169,76 @@ def load_segmenter(
         raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
     load_trained_tensors(segmenter, tensors, where=path)
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSimilarity:
+    """A similarity network from a file, over its backbone; attributes as in `LoadedSegmenter`."""
+
+    backbone: Backbone
+    similarity: SimilarityNetwork
+    resolution: int
+    notes: dict[str, Any]
+
+
+def save_similarity(
+    path: Path,
+    similarity: SimilarityNetwork,
+    backbone: Backbone,
+    *,
+    backbone_weights: str,
+    resolution: int,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a similarity network alone; arguments as in `save_segmenter`."""
+    description = {
+        **_describe_backbone(backbone, backbone_weights),
+        "kind": "similarity",
+        "similarity_rank": similarity.rank,
+        "resolution": resolution,
+        "notes": dict(notes or {}),
+    }
+    tensors = {f"similarity.{name}": tensor for name, tensor in similarity.state_dict().items()}
+    write_tensors(path, tensors, description)
+
+
+def load_similarity(
+    path: Path, *, backbone_weights: str | None = None, device: torch.device | None = None
+) -> LoadedSimilarity:
+    """Read a similarity network from its own file, or out of a whole model; otherwise as `load_segmenter`."""
+    tensors, description = read_tensors(path)
+    try:
+        backbone = _backbone_of(description, backbone_weights, path)
+        similarity = SimilarityNetwork(backbone.channels, rank=description["similarity_rank"])
+        resolution, notes = int(description["resolution"]), dict(description["notes"])
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
+    load_part(similarity, tensors, prefix="similarity.", where=path)
+    where = device or torch.device("cpu")
+    return LoadedSimilarity(
+        backbone=backbone.to(where), similarity=similarity.to(where).eval(), resolution=resolution, notes=notes
+    )
+
+
+def _describe_backbone(backbone: Backbone, weights: str) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "backbone": backbone.name,
+        "strides": backbone.strides,
+        "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": weights,
+    }
+
+
+def _backbone_of(description: Mapping[str, Any], weights: str | None, path: Path) -> Backbone:
+    """The backbone that a file was trained on. Raises DataError when the weights at hand are others."""
+    backbone = build_backbone(
+        description["backbone"], strides=description["strides"], weights=weights or description["backbone_weights"]
+    )
+    if backbone.fingerprint != description["backbone_fingerprint"]:
+        raise DataError(
+            f"{path} was trained on other weights of {backbone.name}; name the right file with --backbone-weights"
+        )
+    return backbone

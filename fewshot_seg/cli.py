@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import commands
+from fewshot_seg import commands, similarity_commands
 from fewshot_seg.config import (
     Config,
     DemoConfig,
@@ -21,6 +21,9 @@ from fewshot_seg.config import (
     ExplainConfig,
     PredictConfig,
     Setting,
+    SimilarityEvaluateConfig,
+    SimilarityExplainConfig,
+    SimilarityTrainConfig,
     TrainConfig,
     VerifyConfig,
     resolve,
@@ -37,8 +40,31 @@ _VERBS: dict[str, _Verb] = {
     "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
 }
-_DATA_VERBS: dict[str, _Verb] = {
-    "verify": (VerifyConfig, commands.data_verify, "list every problem of a data set by file"),
+_GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
+    "data": (
+        "look after a data set",
+        {"verify": (VerifyConfig, commands.data_verify, "list every problem of a data set by file")},
+    ),
+    "similarity": (
+        "the similarity network alone: retrieval, re-identification, attention maps",
+        {
+            "train": (
+                SimilarityTrainConfig,
+                similarity_commands.similarity_train,
+                "train on photos with labels, or on episodes of base classes",
+            ),
+            "evaluate": (
+                SimilarityEvaluateConfig,
+                similarity_commands.similarity_evaluate,
+                "recall@k and MAP@R, CMC and mAP, or AUC and IoU of every attention map on episodes",
+            ),
+            "explain": (
+                SimilarityExplainConfig,
+                similarity_commands.similarity_explain,
+                "draw what makes photos alike, and what a dissimilar one shares",
+            ),
+        },
+    ),
 }
 
 
@@ -59,10 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, verb in _VERBS.items():
         _add_verb(verbs, name, verb)
-    data = verbs.add_parser("data", help="look after a data set", allow_abbrev=False)
-    data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, verb in _DATA_VERBS.items():
-        _add_verb(data_verbs, name, verb)
+    for group, (explanation, group_verbs) in _GROUPS.items():
+        below = verbs.add_parser(group, help=explanation, description=explanation, allow_abbrev=False)
+        verbs_below = below.add_subparsers(title="verbs", metavar="VERB", required=True)
+        for name, verb in group_verbs.items():
+            _add_verb(verbs_below, name, verb)
     return parser
 
 

@@ -17,7 +17,7 @@ from fewshot_seg.attention import AttentionKind
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, intersection_union, prior_scores
-from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior
+from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior, soft_margin_attention
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import join_levels
 
@@ -204,7 +204,10 @@ def evaluate_priors(
     batch_size: int = 10,
     show_progress: bool = False,
 ) -> Mapping[str, PriorScore]:
-    """Every map of `PRIOR_CHANNELS`, every attention form and PFENet's prior, scored per episode.
+    """Every map of `PRIOR_CHANNELS`, every attention form, PFENet's prior, and a map of zeros, scored per episode.
+
+    Attention forms are rectified, as defined; that of the margin is there with its sign, too, as the decoder reads it.
+    The map of zeros says what an uninformative map scores.
 
     A map is upsampled to a quarter of the mask's side and compared there. The segmenter's prior must be
     ``similarity``; the quadruplet's second negative is the object of the neighbouring episode in the batch.
@@ -230,13 +233,21 @@ def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[
     support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
     maps = segmenter.similarity(batch.query_levels)
     priors = segmenter.prior_maps(support, batch.query_levels, maps)
-    named = {name: priors[:, channel] for channel, name in enumerate(PRIOR_CHANNELS) if name != "gradient attention"}
+    named = {_SHOWN_AS.get(name, name): priors[:, channel] for channel, name in enumerate(PRIOR_CHANNELS)}
     for kind in kinds:
         named[f"gradient attention: {kind}"] = segmenter.attention_maps(
             support, maps, kind, second_negative=support.foreground_embedding.roll(1, 0)
         )
+    cells = maps.flatten(2).transpose(1, 2)
+    sides = support.foreground, support.background
+    elementwise = soft_margin_attention(cells, support.cells, *sides, temperature=segmenter.temperature)
+    named["gradient attention: soft margin, element-wise"] = elementwise.reshape(len(maps), *maps.shape[-2:])
     named["PFENet"] = pfenet_prior(join_levels(batch.query_levels), support.frozen, support.frozen_foreground)
+    named["nothing"] = torch.zeros_like(named["PFENet"])
     return named
+
+
+_SHOWN_AS = {"gradient attention": "gradient attention: margin, signed"}
 
 
 def _summary(scores: Float64Array) -> PriorScore:

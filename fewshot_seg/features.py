@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform
-from episodes.types import DataError, MaskSource
+from episodes.types import DataError, MaskSource, PhotoSource
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.runtime import atomic_path
 
@@ -52,7 +52,7 @@ class FeatureStore:
     def __init__(
         self,
         backbone: Backbone,
-        source: MaskSource,
+        source: PhotoSource,
         *,
         size: int,
         directory: Path | None,

@@ -1,4 +1,4 @@
-"""Losses of episodic training: the mask's (cross-entropy and Dice) and the embedding's (a metric loss)."""
+"""Losses of episodic training: the mask's (cross-entropy and Dice) and those of similarity and attention maps."""
 
 from __future__ import annotations
 
@@ -53,3 +53,30 @@ def balanced_map_loss(margin: Tensor, foreground: Tensor, background: Tensor) ->
     similar = (F.softplus(-margin) * foreground).sum(1) / foreground.sum(1).clamp_min(1e-3)
     dissimilar = (F.softplus(margin) * background).sum(1) / background.sum(1).clamp_min(1e-3)
     return (similar + dissimilar).mean()
+
+
+def attention_map_loss(attention: Tensor, foreground: Tensor, background: Tensor, *, sharpness: float = 2.0) -> Tensor:
+    """`balanced_map_loss` of an attention map whose unit and zero mean nothing: what counts is its shape.
+
+    The map is centred between the mean of the object's cells and that of the background's, and divided by its
+    standard deviation over the photo. Gradient attention comes in units that differ by orders of magnitude between
+    forms and photos, and is scaled per photo before anyone looks at it.
+
+    Args:
+        attention: float (B, N), with its sign (before the ReLU, whose zero side would carry no gradient).
+        foreground, background: as in `balanced_map_loss`.
+        sharpness: the standard deviation counts as this many logits.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> attention, objects = torch.tensor([[4.0, 0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> attention_map_loss(attention, objects, 1 - objects), attention_map_loss(7 * attention, objects, 1 - objects)
+        (tensor(0.2880), tensor(0.2880))
+    """
+    of_object = (attention * foreground).sum(1) / foreground.sum(1).clamp_min(1e-3)
+    of_background = (attention * background).sum(1) / background.sum(1).clamp_min(1e-3)
+    centred = attention - ((of_object + of_background) / 2)[:, None]
+    spread = attention.std(dim=1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny ** 0.5)
+    return balanced_map_loss(sharpness * centred / spread, foreground, background)

@@ -6,15 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from episodes.types import DataError
 from fewshot_seg.backbones import EMBEDDED, build_backbone
-from fewshot_seg.checkpoint import load_segmenter
+from fewshot_seg.checkpoint import load_segmenter, load_similarity
 from fewshot_seg.config import EpisodeSettings, ModelSettings
 from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.evaluation import choose_threshold
 from fewshot_seg.experiment import FoldData, held_out_episodes
 from fewshot_seg.priors import PRIOR_CHANNELS
-from fewshot_seg.runs import open_data
+from fewshot_seg.runs import check_classes, open_data
 from fewshot_seg.runtime import pick_device
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
 
@@ -47,22 +46,31 @@ def open_method(settings: ModelSettings) -> Method:
         DataError: missing, damaged or foreign model file; unknown backbone or device.
     """
     device = pick_device(settings.device)
+    resolution: int | None
     if settings.model is not None:
         loaded = load_segmenter(settings.model, backbone_weights=settings.backbone_weights, device=device)
         segmenter, name, origin = loaded.segmenter, str(settings.model), "of the model"
         resolution, notes = loaded.resolution, loaded.notes
     else:
-        backbone = build_backbone(
-            settings.backbone, strides=settings.strides, weights=settings.backbone_weights or EMBEDDED
-        )
         channel = settings.prior_map or PRIOR_CHANNELS[0]
-        segmenter = training_free(backbone, channel=channel).to(device).eval()
+        segmenter, name, resolution, notes = _bare_prior(settings, channel)
+        segmenter, origin = segmenter.to(device).eval(), ""
         if channel == "gradient attention":  # rectified and scaled to [0, 1], as it is shown
             segmenter.decoder = PriorReadout(PRIOR_CHANNELS.index(channel), scaled=True)
-        name, origin, resolution, notes = f"{channel}, training-free", "", None, {}
     if settings.threshold is not None:
         segmenter.threshold, origin = settings.threshold, "given by --threshold"
     return Method(segmenter=segmenter, name=name, resolution=resolution, notes=dict(notes), threshold_origin=origin)
+
+
+def _bare_prior(settings: ModelSettings, channel: str) -> tuple[FewShotSegmenter, str, int | None, dict[str, Any]]:
+    """A prior map of the frozen features or of a trained similarity network, its name, resolution and notes."""
+    if settings.similarity is not None:
+        loaded = load_similarity(settings.similarity, backbone_weights=settings.backbone_weights)
+        segmenter = training_free(loaded.backbone, channel=channel, similarity=loaded.similarity)
+        return segmenter, f"{channel}, similarity {settings.similarity}", loaded.resolution, loaded.notes
+    weights = settings.backbone_weights or EMBEDDED
+    backbone = build_backbone(settings.backbone, strides=settings.strides, weights=weights)
+    return training_free(backbone, channel=channel), f"{channel}, training-free", None, {}
 
 
 def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> tuple[Method, FoldData]:
@@ -81,22 +89,10 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         resolution=settings.resolution or method.resolution,
         show_progress=show_progress,
     )
-    _check_classes(method, data)
+    check_classes(method.name, method.notes, data)
     if not method.threshold_origin:
         episodes = held_out_episodes(data, shots=1, count=_THRESHOLD_EPISODES, seed=0)
         threshold, _ = choose_threshold(method.segmenter, episodes, show_progress=show_progress)
         method.segmenter.threshold = threshold
         method = dataclasses.replace(method, threshold_origin="chosen on base classes")
     return method, data
-
-
-def _check_classes(method: Method, data: FoldData) -> None:
-    if method.notes.get("source") != data.source.name:
-        return
-    seen = sorted(set(method.notes.get("base_classes", [])) & set(data.split.novel))
-    if seen:
-        names = ", ".join(data.source.class_names[class_id] for class_id in seen)
-        raise DataError(
-            f"{method.name} was trained on {names}, which fold {data.fold} scores as novel; "
-            f"use --fold {method.notes.get('fold')} or the model of fold {data.fold}"
-        )

@@ -64,6 +64,32 @@ def _log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, t
     return densities[:, :, 0] - densities[:, :, 1]
 
 
+def soft_margin_attention(
+    query_cells: Tensor, support_cells: Tensor, foreground: Tensor, background: Tensor, *, temperature: float
+) -> Tensor:
+    """Element-wise gradient attention of the soft margin itself: sum_k t ds(x)/dA_k(x) A_k(x), with its sign.
+
+    s(x) is `soft_margin` at cell x, A(x) the cell. The gradient of a log mean exp is a softmax, so that the sum is the
+    mean cosine to the support's object minus that to its background, each weighted towards the cells most like x. It
+    does not go through global pooling: unlike the gradient of a pooled score, it differs from cell to cell.
+
+    Args:
+        query_cells, support_cells, foreground, background, temperature: as in `soft_margin`.
+
+    Returns:
+        float (B, M) within [-2, 2]. A side that no support shows counts as opposite (cosine -1).
+    """
+    cosine = torch.einsum("bmd,bnd->bmn", query_cells, support_cells)
+    kernel = ((cosine - 1) / temperature).exp()
+    means = []
+    for side in (foreground, background):
+        weights = side[:, None] * kernel
+        total = weights.sum(dim=2)
+        mean = (weights * cosine).sum(dim=2) / total.clamp_min(1e-30)
+        means.append(torch.where(total > 1e-30, mean, -1.0))
+    return means[0] - means[1]
+
+
 def nearest_similarity(cosine: Tensor, weights: Tensor) -> Tensor:
     """Largest cosine to a support cell that lies mostly inside the region; -1 where there is no such cell.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from episodes.protocols import EpisodeProtocol, get_protocol
 from episodes.sources import SyntheticSource, VocSource
 from episodes.types import DataError, MaskSource
 from fewshot_seg.backbones import Backbone, build_backbone
-from fewshot_seg.checkpoint import save_segmenter
-from fewshot_seg.config import CacheSettings, Config, DataSettings, TrainConfig
+from fewshot_seg.checkpoint import load_similarity, save_segmenter
+from fewshot_seg.config import CacheSettings, Config, DataSettings, SimilarityTrainConfig, TrainConfig
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import FoldData, TrainedFold, open_fold, protocol_for, train_fold
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.optimisation import CHECKPOINT_NAME
 from fewshot_seg.runtime import environment, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
+from fewshot_seg.similarity import SimilarityNetwork
 
 MODEL_NAME = "model.safetensors"
 RUN_NAME = "run.json"
@@ -84,8 +86,10 @@ def benchmark_name(data: FoldData) -> str:
     return "PASCAL-5i" if images == _PASCAL_VAL_IMAGES else f"PASCAL-5i/{images}"
 
 
-def new_segmenter(backbone: Backbone, config: TrainConfig) -> FewShotSegmenter:
-    """The untrained model of a configuration, on the backbone's device."""
+def new_segmenter(
+    backbone: Backbone, config: TrainConfig, similarity: SimilarityNetwork | None = None
+) -> FewShotSegmenter:
+    """The untrained model of a configuration, on the backbone's device; a given `similarity` stays as it is."""
     segmenter = build_segmenter(
         backbone,
         prior=config.prior,
@@ -95,6 +99,7 @@ def new_segmenter(backbone: Backbone, config: TrainConfig) -> FewShotSegmenter:
         decoder_blocks=config.decoder_blocks,
         attention=config.attention,
         seed=config.seed,
+        similarity=None if similarity is None else copy.deepcopy(similarity).requires_grad_(False),
     )
     return segmenter.to(next(backbone.parameters()).device)
 
@@ -102,9 +107,14 @@ def new_segmenter(backbone: Backbone, config: TrainConfig) -> FewShotSegmenter:
 def train_configured(
     data: FoldData, config: TrainConfig, *, folder: Path | None, show_progress: bool = False
 ) -> TrainedFold:
-    """`train_fold` with the arguments of a configuration (which data to open is not read here)."""
+    """`train_fold` with the arguments of a configuration (which data to open is not read here).
+
+    Raises:
+        DataError: a similarity network of another backbone, or one that was trained on novel classes.
+    """
+    similarity = None if config.similarity is None else _read_similarity(config.similarity, data)
     return train_fold(
-        partial(new_segmenter, data.backbone, config),
+        partial(new_segmenter, data.backbone, config, similarity),
         data,
         shots=config.shots,
         steps=config.steps,
@@ -125,13 +135,37 @@ def train_configured(
     )
 
 
+def _read_similarity(path: Path, data: FoldData) -> SimilarityNetwork:
+    loaded = load_similarity(path)
+    if loaded.backbone.fingerprint != data.backbone.fingerprint:
+        raise DataError(
+            f"{path} was trained over {loaded.backbone.name} at strides {loaded.backbone.strides}, this run has "
+            f"{data.backbone.name} at {data.backbone.strides}; choose the same --backbone, weights and --strides"
+        )
+    check_classes(str(path), loaded.notes, data)
+    return loaded.similarity
+
+
+def check_classes(name: str, notes: Mapping[str, Any], data: FoldData) -> None:
+    """Raises DataError when a model, by the notes of its file, was trained on classes that a fold scores as novel."""
+    if notes.get("source") != data.source.name:
+        return
+    seen = sorted(set(notes.get("base_classes", [])) & set(data.split.novel))
+    if seen:
+        names = ", ".join(data.source.class_names[class_id] for class_id in seen)
+        raise DataError(
+            f"{name} was trained on {names}, which fold {data.fold} scores as novel; "
+            f"use --fold {notes.get('fold')} or the model of fold {data.fold}"
+        )
+
+
 def run_training(config: TrainConfig, *, device: torch.device, show_progress: bool = False) -> TrainedFold:
     """Train one fold into `config.out`: ``model.safetensors``, ``run.json``, logs and checkpoints.
 
     Raises:
         DataError: bad data; a folder with an earlier run (without `resume`) or with other settings (with it).
     """
-    _check_folder(config)
+    check_folder(config, (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}"))
     backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights).to(device)
     data = open_data(
         config,
@@ -163,8 +197,8 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
     return trained
 
 
-def _check_folder(config: TrainConfig) -> None:
-    names = (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}")
+def check_folder(config: TrainConfig | SimilarityTrainConfig, names: Sequence[str]) -> None:
+    """Raises DataError when `config.out` holds one of these files and the run neither resumes nor agrees with it."""
     kept = [name for name in names if (config.out / name).exists()]
     if not kept:
         return

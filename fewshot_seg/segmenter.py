@@ -136,9 +136,9 @@ class FewShotSegmenter(nn.Module):
         self.threshold, self.temperature = threshold, temperature
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that training may change: similarity network and decoder, never the backbone."""
+        """Parameters that training may change: similarity network (unless frozen) and decoder, never the backbone."""
         modules: list[nn.Module] = [self.decoder] if self.prior == "pfenet" else [self.similarity, self.decoder]
-        return [parameter for module in modules for parameter in module.parameters()]
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def encode_support(self, images: Tensor, masks: Tensor) -> SupportEncoding:
         """Encode B episodes of K supports.
@@ -159,10 +159,13 @@ class FewShotSegmenter(nn.Module):
 
     def encode_support_levels(self, levels: Sequence[Tensor], masks: Tensor) -> SupportEncoding:
         """As `encode_support`, from frozen features float (B*K, C, h, w) per level."""
+        return self.encode_support_maps(self.similarity(levels), levels, masks)
+
+    def encode_support_maps(self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor) -> SupportEncoding:
+        """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
         batch, shots = masks.shape[:2]
         if not bool((masks == 1).flatten(1).any(dim=1).all()):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
-        maps = self.similarity(levels)
         foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
         cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
         joined = join_levels(levels)
@@ -275,11 +278,18 @@ def build_segmenter(
     dropout: float = 0.1,
     attention: AttentionKind = "margin",
     seed: int = 0,
+    similarity: SimilarityNetwork | None = None,
 ) -> FewShotSegmenter:
-    """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`."""
+    """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`.
+
+    A `similarity` network that was trained before takes the place of a new one. Training goes on with it unless its
+    parameters do not require gradients.
+    """
+    if similarity is None:
+        similarity = SimilarityNetwork(backbone.channels, rank=similarity_rank, seed=seed)
     return FewShotSegmenter(
         backbone=backbone,
-        similarity=SimilarityNetwork(backbone.channels, rank=similarity_rank, seed=seed),
+        similarity=similarity,
         decoder=MaskDecoder(
             prior_channels=prior_channels(prior),
             feature_channels=sum(backbone.channels),
@@ -295,14 +305,22 @@ def build_segmenter(
 
 
 def training_free(
-    backbone: Backbone, *, channel: str = PRIOR_CHANNELS[0], threshold: float = 0.0, **arguments: Any
+    backbone: Backbone,
+    *,
+    channel: str = PRIOR_CHANNELS[0],
+    threshold: float = 0.0,
+    similarity: SimilarityNetwork | None = None,
+    **arguments: Any,
 ) -> FewShotSegmenter:
-    """Nothing trained: one prior map, named as in `PRIOR_CHANNELS`, cut at a threshold."""
+    """No decoder: one prior map, named as in `PRIOR_CHANNELS`, cut at a threshold.
+
+    Without a `similarity` network that was trained before, nothing in it is trained.
+    """
     if channel not in PRIOR_CHANNELS:
         raise DataError(f"unknown prior map {channel!r}; known: {', '.join(PRIOR_CHANNELS)}")
     return FewShotSegmenter(
         backbone=backbone,
-        similarity=SimilarityNetwork(backbone.channels, rank=0),
+        similarity=SimilarityNetwork(backbone.channels, rank=0) if similarity is None else similarity,
         decoder=PriorReadout(PRIOR_CHANNELS.index(channel)),
         threshold=threshold,
         **arguments,

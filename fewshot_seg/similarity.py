@@ -99,7 +99,8 @@ class SimilarityNetwork(nn.Module):
         turned: Tensor = joined + self.up(self.down(joined))
         return F.normalize(turned, dim=1)
 
-    def embed(self, maps: Tensor, weights: Tensor | None = None) -> Tensor:
+    @staticmethod
+    def embed(maps: Tensor, weights: Tensor | None = None) -> Tensor:
         """L2-normalised embedding of whole images (global pooling) or of regions (masked pooling).
 
         Args:

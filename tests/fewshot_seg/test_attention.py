@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
+from captum.attr import LayerGradCam, LayerGradientXActivation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from fewshot_seg.attention import (
     AttentionKind,
     dissimilar_weight,
     gradient_attention,
+    image_directions,
     scale_map,
     score_direction,
     similar_weight,
     similarity_attention,
+    weigh_maps,
 )
 
 BATCH, CHANNELS, HEIGHT, WIDTH = 3, 5, 4, 3
@@ -34,6 +36,12 @@ def normal(*shape: int, seed: int) -> Tensor:
 def embed(maps: Tensor) -> Tensor:
     """f = L2norm(GAP(A)), written without the library's closed form in mind."""
     return F.normalize(maps.mean(dim=(2, 3)), dim=1)
+
+
+def embed_by_place(maps: Tensor) -> Tensor:
+    """A smooth embedding in which every cell counts differently, so that the gradient varies from cell to cell."""
+    mixing = normal(CHANNELS, CHANNELS * HEIGHT * WIDTH, seed=50) / 4
+    return F.normalize(torch.tanh(maps.flatten(1) @ mixing.T), dim=1)
 
 
 def unit(seed: int) -> Tensor:
@@ -179,11 +187,99 @@ class TestEveryKind:
             values = [loss(kernel.requires_grad_(), by_autograd).item() for kernel in (up, down)]
             assert first[position].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-8)
 
+    @pytest.mark.parametrize("elementwise", [False, True])
+    def test_autograd_equals_finite_differences_in_plain_loops(self, kind: AttentionKind, elementwise: bool) -> None:
+        maps = normal(BATCH, CHANNELS, HEIGHT, WIDTH, seed=16)
+        positive, negatives = others(kind)
+        direction = score_direction(kind, embed_by_place(maps), positive, negatives)
+        step, expected = 1e-6, torch.zeros(BATCH, HEIGHT, WIDTH, dtype=torch.float64)
+        for i in range(BATCH):
+            for k in range(CHANNELS):
+                slopes = torch.zeros(HEIGHT, WIDTH, dtype=torch.float64)
+                for y in range(HEIGHT):
+                    for x in range(WIDTH):
+                        up, down = maps[i : i + 1].clone(), maps[i : i + 1].clone()
+                        up[0, k, y, x] += step
+                        down[0, k, y, x] -= step
+                        rise = (direction[i] * (embed_by_place(up)[0] - embed_by_place(down)[0])).sum().item()
+                        slopes[y, x] = rise / (2 * step)
+                alpha = slopes.sum().item() / (HEIGHT * WIDTH)
+                for y in range(HEIGHT):
+                    for x in range(WIDTH):
+                        expected[i, y, x] += (slopes[y, x].item() if elementwise else alpha) * maps[i, k, y, x]
+        leaf = maps.clone().requires_grad_()
+        scores = (direction * embed_by_place(leaf)).sum(1)
+        (signed,) = gradient_attention(scores, [leaf], elementwise=elementwise, rectify=False)
+        torch.testing.assert_close(signed, expected, rtol=1e-5, atol=1e-9)
+        (rectified,) = gradient_attention(scores, [leaf], elementwise=elementwise)
+        torch.testing.assert_close(rectified, expected.clamp_min(0), rtol=1e-5, atol=1e-9)
+        assert (signed < 0).any()
+
+    @pytest.mark.parametrize("elementwise", [False, True])
+    @pytest.mark.parametrize("rectify", [False, True])
+    def test_gradcheck_of_autograd(self, kind: AttentionKind, elementwise: bool, rectify: bool) -> None:
+        """Double backward into the maps' own maker and, for cosine and margin, into the support embeddings."""
+        images = normal(1, 3, HEIGHT, WIDTH, seed=17)
+        weight = normal(CHANNELS, 3, 1, 1, seed=18).requires_grad_()
+        positive, negatives = unit(20)[:1], [unit(21 + i)[:1] for i in range(NEGATIVES[kind])]
+        direction = score_direction(kind, embed_by_place(F.conv2d(images, weight)), positive, negatives).detach()
+
+        def attend(kernel: Tensor, vector: Tensor, *, with_sign: bool) -> Tensor:
+            maps = F.softplus(F.conv2d(images, kernel))
+            scores = (vector * embed_by_place(maps)).sum(1)
+            keep = {"create_graph": True, "elementwise": elementwise, "rectify": not with_sign}
+            return gradient_attention(scores, [maps], **keep)[0]
+
+        # away from the kink of the ReLU, where finite differences are wrong
+        signed = attend(weight, direction, with_sign=True)
+        assert signed.abs().min() > 1e-5
+        assert (signed > 0).any()
+        vector = direction.requires_grad_()
+        assert torch.autograd.gradcheck(lambda w, v: attend(w, v, with_sign=not rectify), (weight, vector), eps=1e-7)
+
+    def test_elementwise_equals_captum(self, kind: AttentionKind) -> None:
+        positive, negatives = others(kind)
+        network = nn.Conv2d(3, CHANNELS, 3, padding=1, dtype=torch.float64)
+        images = normal(BATCH, 3, HEIGHT, WIDTH, seed=4)
+        direction = score_direction(kind, embed_by_place(network(images)), positive, negatives).detach()
+
+        class Score(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, pictures: Tensor) -> Tensor:
+                return (direction * embed_by_place(self.network(pictures))).sum(1)
+
+        model = Score()
+        expected = LayerGradientXActivation(model, model.network).attribute(images).sum(1)
+        maps = network(images)
+        scores = (direction * embed_by_place(maps)).sum(1)
+        (actual,) = gradient_attention(scores, [maps], elementwise=True, rectify=False)
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-9, atol=1e-13)
+
+    def test_elementwise_changes_nothing_behind_global_pooling(self, kind: AttentionKind) -> None:
+        maps = normal(BATCH, CHANNELS, HEIGHT, WIDTH, seed=2).requires_grad_()
+        positive, negatives = others(kind)
+        direction = score_direction(kind, embed(maps), positive, negatives)
+        (actual,) = gradient_attention((direction * embed(maps)).sum(1), [maps], elementwise=True)
+        torch.testing.assert_close(actual, similarity_attention(maps, direction).detach())
+
     def test_wrong_number_of_negatives(self, kind: AttentionKind) -> None:
         positive, negatives = others(kind)
         if negatives:
             with pytest.raises(ValueError, match=f"'{kind}' needs {len(negatives)} negative"):
                 score_direction(kind, unit(1), positive, negatives[:-1])
+
+
+class TestWeighMaps:
+    def test_hand_worked(self) -> None:
+        maps = torch.tensor([[[[1.0, 2.0]], [[4.0, 0.0]]]])
+        gradients = torch.tensor([[[[3.0, 1.0]], [[-2.0, 0.0]]]])  # means 2 and -1
+        assert weigh_maps(maps, gradients).tolist() == [[[0.0, 4.0]]]
+        assert weigh_maps(maps, gradients, rectify=False).tolist() == [[[-2.0, 4.0]]]
+        assert weigh_maps(maps, gradients, elementwise=True).tolist() == [[[0.0, 2.0]]]
+        assert weigh_maps(maps, gradients, elementwise=True, rectify=False).tolist() == [[[-5.0, 2.0]]]
 
 
 class TestGradientAttention:
@@ -306,6 +402,36 @@ class TestDirections:
     def test_unknown_kind(self) -> None:
         with pytest.raises(ValueError, match="unknown attention kind 'pair'; known: siamese, triplet"):
             score_direction("pair", unit(1), unit(2), [])  # type: ignore[arg-type]
+
+
+class TestImageDirections:
+    @pytest.mark.parametrize("kind", ["siamese", "triplet", "quadruplet"])
+    def test_images_of_the_literal_forms_share_one_weight(self, kind: AttentionKind) -> None:
+        positive, negatives = others(kind)
+        directions = image_directions(kind, unit(1), positive, negatives)
+        assert len(directions) == 2 + len(negatives)
+        for direction in directions:
+            torch.testing.assert_close(direction, score_direction(kind, unit(1), positive, negatives))
+
+    def test_dissimilar_pair(self) -> None:
+        anchor, negative = torch.tensor([[0.5, -0.25]], requires_grad=True), torch.tensor([[0.25, 0.5]])
+        directions = image_directions("siamese", anchor, None, [negative])
+        assert [direction.tolist() for direction in directions] == [[[0.25, 0.75]], [[0.25, 0.75]]]
+        assert not any(direction.requires_grad for direction in directions)
+
+    def test_cosine_and_margin_are_the_gradients_of_their_scores(self) -> None:
+        anchor, positive, negative = (unit(seed).requires_grad_() for seed in (1, 2, 3))
+        cosine = torch.autograd.grad((anchor * positive).sum(), [anchor, positive])
+        torch.testing.assert_close(image_directions("cosine", anchor, positive, []), cosine)
+        margin = torch.autograd.grad((anchor * positive - anchor * negative).sum(), [anchor, positive, negative])
+        directions = image_directions("margin", anchor, positive, [negative])
+        torch.testing.assert_close(directions[:2], margin[:2])
+        torch.testing.assert_close(directions[2], -margin[2])  # the negative shows its likeness to the anchor
+        assert all(direction.requires_grad for direction in directions)
+
+    def test_a_missing_positive(self) -> None:
+        with pytest.raises(ValueError, match="only kind 'siamese' with one negative goes without"):
+            image_directions("triplet", unit(1), None, [unit(2)])
 
 
 class TestScaleMap:

@@ -271,10 +271,14 @@ class TestChooseThreshold:
 class TestEvaluatePriors:
     def test_names_every_map(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
         scores = evaluate_priors(segmenter, episodes, kinds=ATTENTION_KINDS)
-        shown = {name for name in PRIOR_CHANNELS if name != "gradient attention"}
+        shown = {name for name in PRIOR_CHANNELS if name != "gradient attention"} | {"nothing"}
+        shown |= {"gradient attention: margin, signed", "gradient attention: soft margin, element-wise"}
         assert scores.keys() == shown | {f"gradient attention: {kind}" for kind in ATTENTION_KINDS} | {"PFENet"}
-        for score in scores.values():
+        assert scores["nothing"].auc == (0.5, 0.5, 0.5)
+        for name, score in scores.items():
             assert score.episodes == LENGTH
+            if name == "nothing":
+                continue
             for mean, low, high in (score.auc, score.best_iou):
                 assert 0 < mean < 1
                 assert low < mean < high

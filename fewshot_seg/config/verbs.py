@@ -1,21 +1,14 @@
-"""Settings of every verb of the command line: frozen dataclasses, and flag over TOML file over default.
-
-Only the rooms that assemble an experiment read these classes; components take plain arguments.
-"""
+"""Settings of the verbs of the command line, but for those of the similarity network alone."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-import tomllib
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from episodes.types import DataError
+from fewshot_seg.config.machinery import Config, setting
 
 DataName = Literal["voc", "synthetic"]
 PriorName = Literal["similarity", "pfenet", "none"]
@@ -30,130 +23,10 @@ PriorMapName = Literal[
 ]
 Augmentation = Literal["none", "mirror", "standard"]
 
-_NONE_TYPE = type(None)
-
 
 def default_cache() -> Path:
     """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
     return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
-
-
-def setting(
-    explanation: str,
-    default: Any = MISSING,
-    *,
-    factory: Callable[[], Any] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    metadata = {"help": explanation, "minimum": minimum, "maximum": maximum}
-    if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """One field of a configuration, as the command line and the file reader need it.
-
-    Attributes:
-        name: field name; the flag is the same with hyphens.
-        help: one sentence.
-        kind: int, float, str, bool or Path.
-        choices: allowed values, empty when any will do.
-        optional: whether None is a value.
-        many: whether it is a tuple of `kind`.
-        required: it has no default.
-        default: the default, None when required.
-        minimum, maximum: inclusive bounds of numbers.
-    """
-
-    name: str
-    help: str
-    kind: type
-    choices: tuple[str, ...]
-    optional: bool
-    many: bool
-    required: bool
-    default: Any
-    minimum: float | None
-    maximum: float | None
-
-    @property
-    def flag(self) -> str:
-        """``--learning-rate`` for ``learning_rate``."""
-        return "--" + self.name.replace("_", "-")
-
-    def check(self, value: Any) -> None:
-        """Raises DataError for a value outside choices or bounds."""
-        if value is None:
-            return
-        for one in value if self.many else (value,):
-            if self.choices and one not in self.choices:
-                raise DataError(f"{self.flag} must be one of {', '.join(self.choices)}; got {one!r}")
-            if self.minimum is not None and not one >= self.minimum:
-                raise DataError(f"{self.flag} must be at least {self.minimum:g}, got {one}")
-            if self.maximum is not None and not one <= self.maximum:
-                raise DataError(f"{self.flag} must be at most {self.maximum:g}, got {one}")
-        if self.many and not value:
-            raise DataError(f"{self.flag} needs at least one value")
-
-
-def settings_of(config_class: type[Config]) -> tuple[Setting, ...]:
-    """All settings of a configuration class, in order of declaration."""
-    hints = get_type_hints(config_class)
-    return tuple(_describe(field, hints[field.name]) for field in dataclasses.fields(config_class))
-
-
-def _describe(field: dataclasses.Field[Any], hint: Any) -> Setting:
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    base = next(part for part in parts if part is not _NONE_TYPE)
-    many = get_origin(base) is tuple
-    if many:
-        base = get_args(base)[0]
-    choices = get_args(base) if get_origin(base) is Literal else ()
-    has_factory = field.default_factory is not MISSING
-    required = field.default is MISSING and not has_factory
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
-    return Setting(
-        name=field.name,
-        help=field.metadata["help"],
-        kind=str if choices else base,
-        choices=choices,
-        optional=_NONE_TYPE in parts,
-        many=many,
-        required=required,
-        default=None if required else default,
-        minimum=field.metadata["minimum"],
-        maximum=field.metadata["maximum"],
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Base of all configurations.
-
-    Raises:
-        DataError: a value outside its choices or bounds.
-    """
-
-    def __post_init__(self) -> None:
-        for one in settings_of(type(self)):
-            one.check(getattr(self, one.name))
-
-    def as_json(self) -> dict[str, Any]:
-        """Values as JSON has them."""
-        return {setting.name: _plain(getattr(self, setting.name)) for setting in settings_of(type(self))}
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values."""
-        return dataclasses.replace(self, **changes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +63,9 @@ class ModelSettings(DeviceSettings):
     """A trained model, or a training-free prior map."""
 
     model: Path | None = setting("model.safetensors of a training; without it nothing trained is used", None)
+    similarity: Path | None = setting(
+        "without a model: similarity.safetensors of `similarity train`, which embeds the photos for the prior", None
+    )
     prior_map: PriorMapName | None = setting(
         "without a model: the similarity map that is cut at a threshold (default: soft margin)", None
     )
@@ -204,6 +80,8 @@ class ModelSettings(DeviceSettings):
         super().__post_init__()
         if self.model is not None and self.prior_map is not None:
             raise DataError("--model and --prior-map exclude each other: a model brings its own prior; give one")
+        if self.model is not None and self.similarity is not None:
+            raise DataError("--model and --similarity exclude each other: a model brings its own network; give one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +136,9 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     attention: AttentionName = setting("score whose gradient is the attention", "margin")
     appearance: int = setting("channels of query features and prototype shown to the decoder", 0, minimum=0)
     similarity_rank: int = setting("rank of the trained similarity projection", 16, minimum=0)
+    similarity: Path | None = setting(
+        "similarity.safetensors of `similarity train`: taken as it is instead of training one with the decoder", None
+    )
     decoder_width: int = setting("hidden channels of the decoder, a multiple of 8", 48, minimum=8)
     decoder_blocks: int = setting("residual blocks of the decoder", 4, minimum=0)
     resolution: int | None = setting("side of the square photos (default: the protocol's)", None, minimum=32)
@@ -270,6 +151,8 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
         super().__post_init__()
         if self.prior == "none" and self.appearance == 0:
             raise DataError("--prior none leaves the decoder nothing to read; add --appearance 16")
+        if self.similarity is not None and self.prior != "similarity":
+            raise DataError(f"--similarity is the source of the prior 'similarity', but --prior is {self.prior!r}")
         if self.decoder_width % 8:
             raise DataError(f"--decoder-width must be a multiple of 8, got {self.decoder_width}")
         if self.validation_fold == self.fold and self.data == "voc":
@@ -318,62 +201,3 @@ class PredictConfig(ModelSettings):
     size: int | None = setting(
         "side of the square that photos are squashed to (default: the model's)", None, minimum=32
     )
-
-
-ConfigType = TypeVar("ConfigType", bound=Config)
-
-
-def resolve(config_class: type[ConfigType], flags: Mapping[str, Any], file: Path | None = None) -> ConfigType:
-    """Flag over TOML file over default.
-
-    Args:
-        config_class: which configuration.
-        flags: field name -> value of right type, only those given.
-        file: TOML file of keys as the flags, with hyphens or underscores; paths are relative to the working folder.
-
-    Raises:
-        DataError: unreadable file, unknown key, wrong type, missing or out-of-range value.
-    """
-    settings = {setting.name: setting for setting in settings_of(config_class)}
-    values = {**(_read_file(settings, file) if file is not None else {}), **flags}
-    for setting in settings.values():
-        if setting.required and setting.name not in values:
-            raise DataError(f"missing {setting.flag}: {setting.help}")
-    return config_class(**values)
-
-
-def _read_file(settings: Mapping[str, Setting], file: Path) -> dict[str, Any]:
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read configuration file {file}: {error.strerror}; check --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"configuration file {file} is not valid TOML: {error}") from error
-    values = {}
-    for key, value in content.items():
-        name = key.replace("-", "_")
-        if name not in settings:
-            close = difflib.get_close_matches(name, settings, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else f"known are: {', '.join(settings)}"
-            raise DataError(f"{file}: unknown key {key!r}; {hint}")
-        values[name] = _convert(settings[name], value, f"{file}: {key}")
-    return values
-
-
-def _convert(setting: Setting, value: Any, where: str) -> Any:
-    if not setting.many:
-        return _convert_one(setting.kind, value, where)
-    if not isinstance(value, list):
-        raise DataError(f"{where} must be a list, got {value!r}")
-    return tuple(_convert_one(setting.kind, one, where) for one in value)
-
-
-def _convert_one(kind: type, value: Any, where: str) -> Any:
-    if kind is Path and isinstance(value, str):
-        return Path(value).expanduser()
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:  # exact: True is no integer here
-        expected = "str" if kind is Path else kind.__name__
-        raise DataError(f"{where} must be of type {expected}, got {value!r} ({type(value).__name__})")
-    return value

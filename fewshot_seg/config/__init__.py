@@ -1,0 +1,62 @@
+"""Settings of every verb of the command line: frozen dataclasses, and flag over TOML file over default.
+
+Only the rooms that assemble an experiment read these classes; components take plain arguments.
+"""
+
+from fewshot_seg.config.machinery import Config, Setting, resolve, setting, settings_of
+from fewshot_seg.config.similarity import (
+    SimilarityEvaluateConfig,
+    SimilarityExplainConfig,
+    SimilarityModelSettings,
+    SimilaritySettings,
+    SimilarityTrainConfig,
+)
+from fewshot_seg.config.verbs import (
+    AttentionName,
+    Augmentation,
+    CacheSettings,
+    DataName,
+    DataSettings,
+    DemoConfig,
+    DeviceSettings,
+    EpisodeSettings,
+    EvaluateConfig,
+    ExplainConfig,
+    ModelSettings,
+    PredictConfig,
+    PriorMapName,
+    PriorName,
+    TrainConfig,
+    VerifyConfig,
+    default_cache,
+)
+
+__all__ = [
+    "AttentionName",
+    "Augmentation",
+    "CacheSettings",
+    "Config",
+    "DataName",
+    "DataSettings",
+    "DemoConfig",
+    "DeviceSettings",
+    "EpisodeSettings",
+    "EvaluateConfig",
+    "ExplainConfig",
+    "ModelSettings",
+    "PredictConfig",
+    "PriorMapName",
+    "PriorName",
+    "Setting",
+    "SimilarityEvaluateConfig",
+    "SimilarityExplainConfig",
+    "SimilarityModelSettings",
+    "SimilaritySettings",
+    "SimilarityTrainConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "default_cache",
+    "resolve",
+    "setting",
+    "settings_of",
+]

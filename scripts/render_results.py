@@ -17,11 +17,33 @@ _IDENTITY = ("task", "data", "protocol", "fold", "shots", "support", "method", "
 _FOLDS = (0, 1, 2, 3, "mean")
 
 
-def merge_records(path: Path, records: Sequence[Record]) -> None:
-    """Put records into a results file; those of the same identity are replaced, all else stays."""
+def merge_records(path: Path, records: Sequence[Record], *, replace_tasks: Sequence[str] = ()) -> None:
+    """Put records into a results file; those of the same identity are replaced, all else stays.
+
+    Records of `replace_tasks` over the same data go first: methods that were renamed must not stay behind.
+    """
     kept = read_json(path, what="results") if path.exists() else []
+    replaced = {(task, record["data"]) for task in replace_tasks for record in records}
+    kept = [record for record in kept if (record["task"], record["data"]) not in replaced]
     merged = {tuple(str(record[key]) for key in _IDENTITY): record for record in [*kept, *records]}
     write_json(path, list(merged.values()))
+
+
+def fold_means(records: Sequence[Record]) -> list[Record]:
+    """Mean over the four folds; their intervals are independent, so half-widths add in squares."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if not record["metric"].startswith("IoU: "):
+            groups.setdefault(tuple(record[key] for key in ("task", "shots", "method", "metric")), []).append(record)
+    means = []
+    for group in groups.values():
+        mean = sum(record["value"] for record in group) / len(group)
+        record = group[0] | {"fold": "mean", "value": mean, "episodes": sum(one["episodes"] for one in group)}
+        if "low" in record:
+            half = sum(((one["high"] - one["low"]) / 2) ** 2 for one in group) ** 0.5 / len(group)
+            record |= {"low": mean - half, "high": mean + half}
+        means.append(record)
+    return means
 
 
 def render(source: Path, target: Path) -> None:
@@ -42,17 +64,12 @@ def render(source: Path, target: Path) -> None:
                 chosen = _select(of_data, task="segmentation", shots=shots, metric=metric)
                 lines += ["", f"### {metric}, {shots}-shot", "", *_table(chosen)]
             lines += ["", f"### IoU per class, {shots}-shot", "", *_class_table(of_data, shots)]
-        for metric in ("AUC", "best-IoU"):
-            chosen = _select(of_data, task="prior", metric=metric)
-            if chosen:
-                lines += [
-                    "",
-                    f"### Maps alone: {metric}, novel classes, 1-shot",
-                    "",
-                    _MAPS[metric],
-                    "",
-                    *_table(chosen),
-                ]
+        for task, classes in _MAP_TASKS.items():
+            for metric in ("AUC", "best-IoU"):
+                chosen = _select(of_data, task=task, metric=metric)
+                if chosen:
+                    heading = f"### Maps alone: {metric}, {classes}, 1-shot"
+                    lines += ["", heading, "", _MAPS[metric], "", *_table(chosen)]
         chosen = _select(of_data, task="selection")
         if chosen:
             note = "What choices were made on: classes held out from the base classes, photos of the training split."
@@ -63,6 +80,7 @@ def render(source: Path, target: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+_MAP_TASKS = {"prior": "novel classes", "prior, held-out base": "held-out base classes"}
 _MAPS = {
     "AUC": "Mean over episodes of the area under the ROC curve of the map's values against the mask.",
     "best-IoU": "Mean over episodes of the IoU at each episode's own best threshold (an upper bound, not a method).",

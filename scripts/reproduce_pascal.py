@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from render_results import merge_records, render
+from render_results import fold_means, merge_records, render
 
 from episodes.protocols import get_protocol
 from episodes.sources import VocSource
-from fewshot_seg.attention import ATTENTION_KINDS
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.evaluation import Decoder, Evaluation, choose_thresholds, evaluate_heads, evaluate_priors
+from fewshot_seg.evaluation import Decoder, Evaluation, choose_thresholds, evaluate_heads
 from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold, train_fold
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.runtime import git_commit, read_json, write_json
@@ -71,7 +70,7 @@ def main() -> None:
         "commit": git_commit(),
     }
     records = [common | record for fold in per_fold for record in fold]
-    merge_records(arguments.results, [*records, *_means(records)])
+    merge_records(arguments.results, [*records, *fold_means(records)])
     render(arguments.results, arguments.results.with_suffix(".md"))
 
 
@@ -132,8 +131,6 @@ def _variant(name: str, data: FoldData, folder: Path, quick: bool) -> list[dict[
         chosen = choose_thresholds(trained.selection, READOUTS, drawn)
         heads |= {f"{key}, trained": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
     records = _scored(trained.segmenter, heads, data, quick)
-    if name == OURS:
-        records += _prior_records(trained.segmenter, data, "trained", quick)
     timing = folder / name / "timing.json"  # a resumed run only knows its own last part
     if len(trained.result.losses) == steps:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -159,7 +156,7 @@ def _training_free(data: FoldData, quick: bool) -> list[dict[str, Any]]:
     drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
     chosen = choose_thresholds(segmenter, READOUTS, drawn)
     heads = {f"{key}, training-free": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
-    return [*_scored(segmenter, heads, data, quick, shots=(1,)), *_prior_records(segmenter, data, "untrained", quick)]
+    return _scored(segmenter, heads, data, quick, shots=(1,))
 
 
 def _scored(
@@ -189,34 +186,6 @@ def _records(method: str, shots: int, evaluation: Evaluation, data: FoldData) ->
         base | {"metric": "FB-IoU", "value": result.fb_iou, "low": result.fb_iou_low, "high": result.fb_iou_high},
         *(base | {"metric": f"IoU: {names[class_id]}", "value": iou} for class_id, iou in result.per_class.items()),
     ]
-
-
-def _prior_records(segmenter: FewShotSegmenter, data: FoldData, state: str, quick: bool) -> list[dict[str, Any]]:
-    drawn = evaluation_episodes(data, shots=1, count=20 if quick else 250)
-    records = []
-    for name, score in evaluate_priors(segmenter.eval(), drawn, kinds=ATTENTION_KINDS).items():
-        base = {"task": "prior", "shots": 1, "method": f"{name}, {state}", "episodes": score.episodes}
-        for metric, bounds in (("AUC", score.auc), ("best-IoU", score.best_iou)):
-            value, low, high = (100 * bound for bound in bounds)
-            records.append(base | {"metric": metric, "value": value, "low": low, "high": high})
-    return records
-
-
-def _means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over the four folds; their intervals are independent, so half-widths add in squares."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        if not record["metric"].startswith("IoU: "):
-            groups.setdefault(tuple(record[key] for key in ("task", "shots", "method", "metric")), []).append(record)
-    means = []
-    for group in groups.values():
-        mean = sum(record["value"] for record in group) / len(group)
-        record = group[0] | {"fold": "mean", "value": mean, "episodes": sum(one["episodes"] for one in group)}
-        if "low" in record:
-            half = sum(((one["high"] - one["low"]) / 2) ** 2 for one in group) ** 0.5 / len(group)
-            record |= {"low": mean - half, "high": mean + half}
-        means.append(record)
-    return means
 
 
 if __name__ == "__main__":

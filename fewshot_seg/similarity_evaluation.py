@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -157,7 +157,7 @@ def pair_faithfulness(
     comparisons: Sequence[Comparison],
     *,
     size: int,
-    kind: AttentionKind = "margin",
+    kind: AttentionKind | Literal["none"] = "margin",
     steps: int = 10,
     batch_size: int = 8,
     show_progress: bool = False,
@@ -169,7 +169,7 @@ def pair_faithfulness(
         images: photos.
         comparisons: of `draw_comparisons`; the negatives serve the attention of triplet-like kinds.
         size: side of the square photos.
-        kind: form of the score.
+        kind: form of the score; ``none`` replaces pixels in random order, which is what attention must beat.
         steps: of the curves.
         batch_size: pairs at a time.
         show_progress: bar on stderr.
@@ -187,15 +187,16 @@ def pair_faithfulness(
 
 
 def _batch_faithfulness(
-    embedder: ImageEmbedder, photos: Sequence[Tensor], kind: AttentionKind, steps: int
+    embedder: ImageEmbedder, photos: Sequence[Tensor], kind: AttentionKind | Literal["none"], steps: int
 ) -> Float64Array:
     """float64 (B, 4, 2): deletion, insertion, whole, blank; anchor and positive."""
-    explanation = explain_comparisons(embedder, photos, kind=kind)
+    explanation = explain_comparisons(embedder, photos, kind="cosine" if kind == "none" else kind)
     directions = []
-    for masked, other, saliency in (
+    for masked, other, attention in (
         (photos[0], explanation.embeddings[1], explanation.anchor[0]),
         (photos[1], explanation.embeddings[0], explanation.positive[0]),
     ):
+        saliency = torch.zeros_like(attention) if kind == "none" else attention
         baseline = blurred(masked, sigma=masked.shape[-1] / 16)
 
         def similarity(changed: Tensor, other: Tensor = other) -> Tensor:

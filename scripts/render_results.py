@@ -70,6 +70,10 @@ def render(source: Path, target: Path) -> None:
                 if chosen:
                     heading = f"### Maps alone: {metric}, {classes}, 1-shot"
                     lines += ["", heading, "", _MAPS[metric], "", *_table(chosen)]
+        retrieval = _select(of_data, task="retrieval")
+        for protocol in sorted({record["protocol"] for record in retrieval}, reverse=True):
+            lines += ["", f"### Retrieval and faithfulness of attention, {protocol}", "", _RETRIEVAL, ""]
+            lines += _wide_table(_select(retrieval, protocol=protocol))
         chosen = _select(of_data, task="selection")
         if chosen:
             note = "What choices were made on: classes held out from the base classes, photos of the training split."
@@ -85,6 +89,23 @@ _MAPS = {
     "AUC": "Mean over episodes of the area under the ROC curve of the map's values against the mask.",
     "best-IoU": "Mean over episodes of the IoU at each episode's own best threshold (an upper bound, not a method).",
 }
+
+
+_RETRIEVAL = (
+    "Means over seeds; brackets are 95% intervals of Student's t over seeds. recall@k and MAP@R: every photo is a "
+    "query against all others. Deletion (lower is better) and insertion (higher is better): area under the cosine "
+    "similarity of similar pairs while the most attended pixels of one photo are blurred away, or put back; both "
+    "photos of a pair in turn; 0 is the blurred photo, 100 the whole one."
+)
+
+
+def _wide_table(records: Sequence[Record]) -> list[str]:
+    """One row a method, one column a metric."""
+    metrics = list(dict.fromkeys(record["metric"] for record in records))
+    by_place = {(record["method"], record["metric"]): record for record in records}
+    methods = dict.fromkeys(record["method"] for record in records)
+    rows = [f"| method | {' | '.join(metrics)} |", f"|---|{'---|' * len(metrics)}"]
+    return rows + [f"| {m} | {' | '.join(_cell(by_place.get((m, one))) for one in metrics)} |" for m in methods]
 
 
 def _provenance(records: Sequence[Record]) -> str:

@@ -157,7 +157,7 @@ def pair_faithfulness(
     comparisons: Sequence[Comparison],
     *,
     size: int,
-    kind: AttentionKind | Literal["none"] = "margin",
+    kind: AttentionKind | Literal["random"] = "margin",
     steps: int = 10,
     batch_size: int = 8,
     show_progress: bool = False,
@@ -169,7 +169,8 @@ def pair_faithfulness(
         images: photos.
         comparisons: of `draw_comparisons`; the negatives serve the attention of triplet-like kinds.
         size: side of the square photos.
-        kind: form of the score; ``none`` replaces pixels in random order, which is what attention must beat.
+        kind: form of the score; ``random`` takes a random value per cell of the map instead of attention, which is what
+            attention must beat (single pixels in random order would blur everything at once).
         steps: of the curves.
         batch_size: pairs at a time.
         show_progress: bar on stderr.
@@ -187,16 +188,16 @@ def pair_faithfulness(
 
 
 def _batch_faithfulness(
-    embedder: ImageEmbedder, photos: Sequence[Tensor], kind: AttentionKind | Literal["none"], steps: int
+    embedder: ImageEmbedder, photos: Sequence[Tensor], kind: AttentionKind | Literal["random"], steps: int
 ) -> Float64Array:
     """float64 (B, 4, 2): deletion, insertion, whole, blank; anchor and positive."""
-    explanation = explain_comparisons(embedder, photos, kind="cosine" if kind == "none" else kind)
+    explanation = explain_comparisons(embedder, photos, kind="cosine" if kind == "random" else kind)
     directions = []
     for masked, other, attention in (
         (photos[0], explanation.embeddings[1], explanation.anchor[0]),
         (photos[1], explanation.embeddings[0], explanation.positive[0]),
     ):
-        saliency = torch.zeros_like(attention) if kind == "none" else attention
+        saliency = _random_map(attention) if kind == "random" else attention
         baseline = blurred(masked, sigma=masked.shape[-1] / 16)
 
         def similarity(changed: Tensor, other: Tensor = other) -> Tensor:
@@ -210,3 +211,9 @@ def _batch_faithfulness(
         areas = [curve_area(curve) for curve in curves.values()]
         directions.append(torch.stack([*areas, curves["deletion"][:, 0], curves["insertion"][:, 0]], dim=1))
     return torch.stack(directions, dim=2).double().numpy()
+
+
+def _random_map(attention: Tensor) -> Tensor:
+    """One random map for all photos, so that it does not depend on the batch. float (B, h, w) -> (B, h, w)."""
+    values = torch.rand(attention.shape[1:], generator=torch.Generator().manual_seed(0))
+    return values.to(attention).expand_as(attention)

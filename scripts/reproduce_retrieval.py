@@ -124,7 +124,7 @@ def _cell(place: tuple[str, str, int], *, root: Path, out: Path, cache: Path, qu
         pairs = 2 if quick else SEARCH_PAIRS if stage == "search" else TEST_PAIRS
         comparisons = draw_comparisons(images, count=pairs, seed=seed)
         embedder = ImageEmbedder(backbone, similarity)
-        kinds = {"": "margin"} | ({" in random order": "none"} if stage == "test" and name == METRIC else {})
+        kinds = {"": "margin"} | ({" in random order": "random"} if stage == "test" and name == METRIC else {})
         for suffix, kind in kinds.items():
             faithful = pair_faithfulness(embedder, images, comparisons, size=PHOTO_SIZE, kind=kind)  # type: ignore[arg-type]
             for mode in ("deletion", "insertion"):
@@ -148,7 +148,7 @@ def _table(classes: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> l
         if "deletion in random order" in scores[0]:
             for mode in ("deletion", "insertion"):
                 values = [one[f"{mode} in random order"] for one in scores]
-                records.append(_record(classes, f"{name}, pixels in random order", mode, values))
+                records.append(_record(classes, f"{name}, cells in random order", mode, values))
     return records
 
 

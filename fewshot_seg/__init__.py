@@ -13,19 +13,27 @@ Example:
 
 from fewshot_seg.attention import gradient_attention, similarity_attention
 from fewshot_seg.backbones import Backbone, build_backbone
-from fewshot_seg.checkpoint import load_segmenter, save_segmenter
+from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
+from fewshot_seg.embedding import ImageEmbedder
+from fewshot_seg.embedding_attention import GradientAttention
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
+from fewshot_seg.similarity import SimilarityNetwork
 
 __all__ = [
     "Backbone",
     "FewShotSegmenter",
+    "GradientAttention",
+    "ImageEmbedder",
     "Prediction",
+    "SimilarityNetwork",
     "SupportEncoding",
     "build_backbone",
     "build_segmenter",
     "gradient_attention",
     "load_segmenter",
+    "load_similarity",
     "save_segmenter",
+    "save_similarity",
     "similarity_attention",
     "training_free",
 ]

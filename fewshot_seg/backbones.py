@@ -63,7 +63,8 @@ class Backbone(nn.Module):
         self.channels = tuple(available[stride] for stride in strides)
         self.mean, self.std = tuple(mean), tuple(std)
         # depthwise convolutions are much faster in channels_last on CPUs
-        self.encoder = encoder.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.encoder = encoder.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - frozen: the mode is refused on purpose
         """Stay in evaluation mode: batch statistics of episodes must not leak into frozen features."""

@@ -213,7 +213,7 @@ def evaluate_priors(
     ``similarity``; the quadruplet's second negative is the object of the neighbouring episode in the batch.
 
     Raises:
-        DataError: a segmenter with another prior.
+        DataError: a segmenter with another prior, or no episode whose query mask has both sides.
     """
     if segmenter.prior != "similarity":
         raise DataError(f"scoring prior maps needs a model with prior 'similarity', got {segmenter.prior!r}")
@@ -252,8 +252,13 @@ _SHOWN_AS = {"gradient attention": "gradient attention: margin, signed"}
 
 def _summary(scores: Float64Array) -> PriorScore:
     defined = scores[~np.isnan(scores).any(axis=1)]
+    if not len(defined):
+        raise DataError("no query mask shows both object and background at a quarter of its side; use more episodes")
     bounds = []
     for column in defined.T:
+        if len(column) == 1:  # a single value says nothing about how much others would differ
+            bounds.append((float(column[0]), 0.0, 1.0))
+            continue
         mean, error = float(column.mean()), 1.96 * float(column.std(ddof=1)) / len(column) ** 0.5
         bounds.append((mean, mean - error, mean + error))
     return PriorScore(auc=bounds[0], best_iou=bounds[1], episodes=len(defined))

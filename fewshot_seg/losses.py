@@ -68,15 +68,16 @@ def attention_map_loss(attention: Tensor, foreground: Tensor, background: Tensor
         sharpness: the standard deviation counts as this many logits.
 
     Returns:
-        Scalar.
+        Scalar. An episode that lacks a side adds nothing: without both there is no middle to compare with.
 
     Example:
         >>> attention, objects = torch.tensor([[4.0, 0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
         >>> attention_map_loss(attention, objects, 1 - objects), attention_map_loss(7 * attention, objects, 1 - objects)
-        (tensor(0.2880), tensor(0.2880))
+        (tensor(0.2539), tensor(0.2539))
     """
     of_object = (attention * foreground).sum(1) / foreground.sum(1).clamp_min(1e-3)
     of_background = (attention * background).sum(1) / background.sum(1).clamp_min(1e-3)
     centred = attention - ((of_object + of_background) / 2)[:, None]
     spread = attention.std(dim=1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny ** 0.5)
-    return balanced_map_loss(sharpness * centred / spread, foreground, background)
+    both = ((foreground.sum(1) > 0) & (background.sum(1) > 0))[:, None]
+    return balanced_map_loss(sharpness * centred / spread, foreground * both, background * both)

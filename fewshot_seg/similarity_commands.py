@@ -8,7 +8,7 @@ from typing import Any
 
 from episodes.labelled import LabelledImages
 from episodes.reidentification import ReidentificationData
-from episodes.types import DataError, UInt8Array
+from episodes.types import UInt8Array
 from fewshot_seg.attention import ATTENTION_KINDS, NEGATIVES_NEEDED
 from fewshot_seg.checkpoint import LoadedSimilarity
 from fewshot_seg.config import SimilarityEvaluateConfig, SimilarityExplainConfig, SimilarityTrainConfig
@@ -18,7 +18,7 @@ from fewshot_seg.experiment import evaluation_episodes, held_out_episodes
 from fewshot_seg.photos import read_photo
 from fewshot_seg.pictures import write_picture
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
-from fewshot_seg.retrieval_metrics import bootstrap_means
+from fewshot_seg.retrieval_metrics import ReidentificationResult, RetrievalResult, bootstrap_means
 from fewshot_seg.runs import RUN_NAME, run_record
 from fewshot_seg.runtime import environment, pick_device, write_json
 from fewshot_seg.segmenter import training_free
@@ -80,14 +80,15 @@ def _score_episodes(
     config: SimilarityEvaluateConfig, network: LoadedSimilarity, name: str
 ) -> tuple[dict[str, Any], str, _Scores, dict[str, Any]]:
     """Record, title, scores and facts: AUC and best-threshold IoU of every map, in percent."""
-    data = open_episodes(config, network.backbone, resolution=network.resolution or None)
+    fold = int(network.notes.get("fold") or 0) if config.fold is None else config.fold
+    data = open_episodes(config, network.backbone, fold=fold, resolution=network.resolution or None)
     held_out = config.part == "held-out"
     check_episodes(name, network.notes, data, held_out=held_out)
     count = config.episodes or data.protocol.episodes
     episodes = (
-        held_out_episodes(data, shots=config.shots, count=count, seed=config.seed)
+        held_out_episodes(data, shots=config.shots, count=count, seed=config.seed or 0)
         if held_out
-        else evaluation_episodes(data, shots=config.shots, count=count, show_progress=True)
+        else evaluation_episodes(data, shots=config.shots, count=count, seed=config.seed, show_progress=True)
     )
     segmenter = training_free(network.backbone, similarity=network.similarity).eval()
     found = evaluate_priors(segmenter, episodes, kinds=ATTENTION_KINDS, show_progress=True)
@@ -104,34 +105,30 @@ def _score_photos(
 ) -> tuple[dict[str, Any], str, _Scores, dict[str, Any]]:
     """Record, title, scores in percent, and facts of retrieval or re-identification."""
     data = open_photos(config)
-    size = config.resolution or network.resolution or PHOTO_SIZE
-    images = photo_part(data, "held-out") if config.part == "held-out" else None
-    if images is None and isinstance(data, ReidentificationData):
-        store = open_store(data.gallery, network.backbone, config, size=size)
-        check_labels(name, network.notes, data.query, config.data)
-        found = evaluate_reidentification(network.similarity, store, data, ranks=config.ranks, show_progress=True)
-        scores = {**{f"rank-{rank}": score for rank, score in found.rank.items()}, "mAP": found.mean_ap}
-        record = photo_record("similarity evaluate", config, data.query, gallery=data.gallery)
-        return record, data.query.name, scores, {"queries": found.queries, "skipped": found.skipped}
-    if images is None:
-        assert not isinstance(data, ReidentificationData)
-        images = data.test
+    images, size = photo_part(data, config.part), config.resolution or network.resolution or PHOTO_SIZE
     check_labels(name, network.notes, images, config.data)
     store = open_store(images, network.backbone, config, size=size)
-    result = evaluate_retrieval(network.similarity, store, images, ks=config.ks, show_progress=True)
-    scores = {**{f"recall@{k}": score for k, score in result.recall.items()}, "MAP@R": result.map_at_r}
+    result: RetrievalResult | ReidentificationResult
+    if config.part == "test" and isinstance(data, ReidentificationData):
+        result = evaluate_reidentification(network.similarity, store, data, ranks=config.ranks, show_progress=True)
+        scores = {**{f"rank-{rank}": score for rank, score in result.rank.items()}, "mAP": result.mean_ap}
+        record, title = photo_record("similarity evaluate", config, data.query, gallery=data.gallery), data.query.name
+    else:
+        result = evaluate_retrieval(network.similarity, store, images, ks=config.ks, show_progress=True)
+        scores = {**{f"recall@{k}": score for k, score in result.recall.items()}, "MAP@R": result.map_at_r}
+        record, title = photo_record("similarity evaluate", config, images), images.name
     facts: dict[str, Any] = {"queries": result.queries, "skipped": result.skipped}
     if config.faithfulness:
         scores |= _faithfulness(config, network, images, size)
         facts |= {"pairs": config.faithfulness, "form": config.form}
-    return photo_record("similarity evaluate", config, images), images.name, scores, facts
+    return record, title, scores, facts
 
 
 def _faithfulness(
     config: SimilarityEvaluateConfig, network: LoadedSimilarity, images: LabelledImages, size: int
 ) -> _Scores:
     """Areas in percent of similarity 1; each pair counts once, with the mean of its two directions."""
-    comparisons = draw_comparisons(images, count=config.faithfulness, seed=config.seed)
+    comparisons = draw_comparisons(images, count=config.faithfulness, seed=config.seed or 0)
     embedder = ImageEmbedder(network.backbone, network.similarity)
     found = pair_faithfulness(embedder, images, comparisons, size=size, kind=config.form, show_progress=True)
     scores: _Scores = {}
@@ -148,17 +145,18 @@ def similarity_explain(config: SimilarityExplainConfig) -> int:
     network = open_network(config, device)
     embedder = ImageEmbedder(network.backbone, network.similarity).to(device)
     size = config.resolution or network.resolution or PHOTO_SIZE
+    compared = 2 + NEGATIVES_NEEDED[config.form]
     record: dict[str, Any]
     if config.images is not None:
-        photos = [read_photo(path) for path in config.images[: 2 + NEGATIVES_NEEDED[config.form]]]
-        labels = [path.name for path in config.images]
+        photos = [read_photo(path) for path in config.images[:compared]]
+        labels = [path.name for path in config.images[:compared]]
         figures = [_draw(config, embedder, photos, labels, size, config.out / "comparison.png")]
         record = {"verb": "similarity explain", "configuration": config.as_json(), "environment": environment()}
     else:
-        images = _shown_images(config)
+        images = photo_part(open_photos(config), config.part)
         figures = []
-        for number, comparison in enumerate(draw_comparisons(images, count=config.count, seed=config.seed)):
-            positions = comparison[: 2 + NEGATIVES_NEEDED[config.form]]
+        for number, comparison in enumerate(draw_comparisons(images, count=config.count, seed=config.seed or 0)):
+            positions = comparison[:compared]
             photos = [images.image(images.files[position]) for position in positions]
             labels = [images.labels[position] for position in positions]
             path = config.out / f"comparison-{number:04d}.png"
@@ -173,13 +171,6 @@ def similarity_explain(config: SimilarityExplainConfig) -> int:
     return 0
 
 
-def _shown_images(config: SimilarityExplainConfig) -> LabelledImages:
-    data = open_photos(config)
-    if config.part == "held-out":
-        return photo_part(data, "held-out")
-    return data.gallery if isinstance(data, ReidentificationData) else data.test
-
-
 def _draw(
     config: SimilarityExplainConfig,
     embedder: ImageEmbedder,
@@ -188,8 +179,6 @@ def _draw(
     size: int,
     path: Path,
 ) -> Figure:
-    if len(photos) < 2 + NEGATIVES_NEEDED[config.form]:
-        raise DataError(f"--form {config.form} compares {2 + NEGATIVES_NEEDED[config.form]} photos, got {len(photos)}")
     title = f"what makes them alike, by the gradient of the score '{config.form}'"
     picture = comparison_picture(embedder, photos, kind=config.form, size=size, title=title, labels=labels)
     write_picture(path, picture)

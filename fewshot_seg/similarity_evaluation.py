@@ -175,11 +175,11 @@ def pair_faithfulness(
         batch_size: pairs at a time.
         show_progress: bar on stderr.
     """
-    rows = []
+    rows, device = [], next(embedder.backbone.parameters()).device
     with tqdm(total=len(comparisons), desc="faithfulness", unit="pair", disable=not show_progress) as bar:
         for start in range(0, len(comparisons), batch_size):
             part = comparisons[start : start + batch_size]
-            photos = [read_squares(images, positions, size=size) for positions in zip(*part, strict=True)]
+            photos = [read_squares(images, positions, size=size).to(device) for positions in zip(*part, strict=True)]
             rows.append(_batch_faithfulness(embedder, photos, kind, steps))
             bar.update(len(part))
     values = np.concatenate(rows)
@@ -210,7 +210,7 @@ def _batch_faithfulness(
         }
         areas = [curve_area(curve) for curve in curves.values()]
         directions.append(torch.stack([*areas, curves["deletion"][:, 0], curves["insertion"][:, 0]], dim=1))
-    return torch.stack(directions, dim=2).double().numpy()
+    return torch.stack(directions, dim=2).cpu().double().numpy()
 
 
 def _random_map(attention: Tensor) -> Tensor:

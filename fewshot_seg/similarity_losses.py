@@ -17,11 +17,11 @@ from fewshot_seg.attention import image_directions, similarity_attention
 from fewshot_seg.constraint import SimilarityMining, mask_features, mask_images
 from fewshot_seg.embedding import ImageEmbedder
 from fewshot_seg.losses import attention_map_loss, balanced_map_loss
-from fewshot_seg.priors import soft_margin
+from fewshot_seg.priors import soft_margin, soft_margin_attention
 from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights
 
-MapKind = Literal["soft margin", "siamese", "triplet", "quadruplet", "cosine", "margin"]
+MapKind = Literal["soft margin", "soft margin gradient", "siamese", "triplet", "quadruplet", "cosine", "margin"]
 MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
 ConstraintKind = Literal["siamese", "triplet", "cosine", "margin"]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -133,18 +133,21 @@ def map_loss(
         support: B encoded supports.
         maps: float (B, D, h, w), the network's output for the queries.
         query_masks: uint8 (B, H, W), 255 = ignore.
-        kinds: forms of gradient attention (`attention_map_loss`), or ``soft margin`` (`balanced_map_loss`). The
+        kinds: forms of gradient attention (`attention_map_loss`; ``soft margin gradient`` is
+            `priors.soft_margin_attention`), or ``soft margin`` itself (`balanced_map_loss`). The
             second negative of ``quadruplet`` is the object of the episode before it in the batch.
     """
     foreground, background = (side.flatten(1) for side in cell_weights(query_masks, (maps.shape[2], maps.shape[3])))
     second = support.foreground_embedding.roll(1, 0)
+    cells, sides = maps.flatten(2).transpose(1, 2), (support.foreground, support.background)
     losses = []
     for kind in kinds:
         if kind == "soft margin":
-            cells = maps.flatten(2).transpose(1, 2)
-            sides = support.foreground, support.background
             margin = soft_margin(cells, support.cells, *sides, temperature=segmenter.temperature)
             losses.append(balanced_map_loss(margin, foreground, background))
+        elif kind == "soft margin gradient":
+            gradient = soft_margin_attention(cells, support.cells, *sides, temperature=segmenter.temperature)
+            losses.append(attention_map_loss(gradient, foreground, background))
         else:
             attention = segmenter.attention_maps(support, maps, kind, second_negative=second, rectify=False)
             losses.append(attention_map_loss(attention.flatten(1), foreground, background))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from episodes.augment import EpisodeTransform
-from episodes.types import UInt8Array
+from episodes.types import DataError, UInt8Array
 from fewshot_seg.attention import NEGATIVES_NEEDED, AttentionKind
 from fewshot_seg.embedding import ImageEmbedder
 from fewshot_seg.embedding_attention import GradientAttention
@@ -32,7 +32,7 @@ def comparison_picture(
     Args:
         embedder: the model.
         photos: uint8 (H, W, 3) of any size: anchor, a similar one, and one dissimilar one for each negative that
-            `kind` compares with.
+            `kind` compares with; more are left out.
         kind: form of the score.
         size: side of the square that photos are squashed to for the network.
         title: line above.
@@ -41,11 +41,14 @@ def comparison_picture(
     Raises:
         DataError: fewer photos than the kind compares.
     """
-    transform = EpisodeTransform("none", size)
+    needed = 2 + NEGATIVES_NEEDED[kind]
+    if len(photos) < needed:
+        raise DataError(f"attention kind {kind!r} compares {needed} photos, got {len(photos)}; add some")
+    photos, transform = photos[:needed], EpisodeTransform("none", size)
     device = next(embedder.backbone.parameters()).device
     squares = [transform(photo, np.zeros(photo.shape[:2], np.uint8), seed=0)[0][None].to(device) for photo in photos]
     with GradientAttention(embedder, "similarity") as explain:
-        found = explain(squares[0], squares[1], squares[2 : 2 + NEGATIVES_NEEDED[kind]], kind=kind)
+        found = explain(squares[0], squares[1], squares[2:], kind=kind)
     first, *others = found.embeddings
     maps = [found.anchor, found.positive, *found.negatives]
     names = [""] * len(photos) if labels is None else [f": {label}" for label in labels]

@@ -53,11 +53,19 @@ def open_photos(settings: SimilaritySettings) -> RetrievalData | Reidentificatio
 
 
 def photo_part(
-    data: RetrievalData | ReidentificationData, part: Literal["train", "kept", "held-out"]
+    data: RetrievalData | ReidentificationData, part: Literal["train", "kept", "held-out", "test"]
 ) -> LabelledImages:
-    """All training photos, those of the kept classes, or those of the held-out third of the classes."""
+    """All training photos, those of the kept classes, those of the held-out third of the classes, or the test photos.
+
+    The test photos of re-identification are those of the gallery that show a person of the queries: distractors share
+    one label, but are many persons.
+    """
     if part == "train":
         return data.train
+    if part == "test":
+        if isinstance(data, RetrievalData):
+            return data.test
+        return data.gallery.select(set(data.gallery.labels) & set(data.query.labels))
     return split_labels(data.train, seed=_SPLIT_SEED)[0 if part == "kept" else 1]
 
 
@@ -220,10 +228,10 @@ def train_episodes_configured(
     return segmenter, result
 
 
-def open_episodes(settings: SimilaritySettings, backbone: Backbone, *, resolution: int | None) -> FoldData:
-    """The fold of the settings."""
+def open_episodes(settings: SimilaritySettings, backbone: Backbone, *, fold: int, resolution: int | None) -> FoldData:
+    """A fold of the settings' data, at `resolution` unless the settings name one."""
     return open_data(
-        settings.data_settings(), settings, backbone, fold=settings.fold, resolution=settings.resolution or resolution
+        settings.data_settings(), settings, backbone, fold=fold, resolution=settings.resolution or resolution
     )
 
 
@@ -259,7 +267,7 @@ def run_similarity_training(
     check_folder(config, (SIMILARITY_NAME, CHECKPOINT_NAME))
     backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights).to(device)
     if config.episodic:
-        data = open_episodes(config, backbone, resolution=None)
+        data = open_episodes(config, backbone, fold=config.fold, resolution=None)
         record = run_record("similarity train", config, data)
         write_json(config.out / RUN_NAME, record | {"results": None})
         segmenter, result = train_episodes_configured(data, config, folder=config.out, show_progress=show_progress)
@@ -268,6 +276,11 @@ def run_similarity_training(
         notes = {**record["data"], "source": data.source.name, "base_classes": list(classes)}
     else:
         images = photo_part(open_photos(config), "kept" if config.held_out else "train")
+        if len(images.class_names) < config.classes:
+            raise DataError(
+                f"--classes {config.classes} in a batch, but {images.name} has {len(images.class_names)} classes; "
+                "lower --classes"
+            )
         resolution = config.resolution or PHOTO_SIZE
         store = open_store(images, backbone, config, size=resolution)
         record = photo_record("similarity train", config, images)
@@ -293,9 +306,10 @@ def check_episodes(name: str, notes: dict[str, Any], data: FoldData, *, held_out
     """Raises DataError when a network, by the notes of its file, was trained on classes that are to be scored."""
     check_classes(name, notes, data)
     if held_out and notes.get("source") == data.source.name:
-        seen = set(notes.get("base_classes", [])) & set(data.held_out.novel)
+        seen = sorted(set(notes.get("base_classes", [])) & set(data.held_out.novel))
         if seen:
-            raise DataError(f"{name} was trained on held-out classes of fold {data.fold}; train it with --held-out")
+            names = ", ".join(data.source.class_names[class_id] for class_id in seen)
+            raise DataError(f"{name} was trained on {names}, which are held out; train it with --held-out")
 
 
 def episodes_name(data: FoldData) -> str:

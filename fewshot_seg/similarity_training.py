@@ -44,7 +44,7 @@ class _SimilarityTrainee:
             self._parts["mining"] = mining
 
     def parameters(self) -> Sequence[nn.Parameter]:
-        return [parameter for part in self._parts.values() for parameter in part.parameters()]
+        return [p for part in self._parts.values() for p in part.parameters() if p.requires_grad]
 
     def tensors(self) -> dict[str, Tensor]:
         return {

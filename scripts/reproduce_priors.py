@@ -36,6 +36,7 @@ STATES: dict[str, dict[str, Any] | None] = {
     "untrained": None,
     "trained on all maps": {},
     "trained on the soft margin alone": {"maps": ("soft margin",)},
+    "trained on the soft margin and its gradient": {"maps": ("soft margin", "soft margin gradient")},
     "trained on regions (multi-similarity)": {"map_weight": 0.0, "metric_weight": 1.0},
     "trained on all maps + constraint (gamma 1)": {"constraint": 1.0},
 }

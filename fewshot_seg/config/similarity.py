@@ -12,7 +12,7 @@ from fewshot_seg.config.verbs import CacheSettings, DataSettings, DeviceSettings
 
 SimilarityDataName = Literal["folders", "cub", "cars", "sop", "market1501", "dukemtmc", "cuhk03-np", "voc", "synthetic"]
 MetricName = Literal["contrastive", "triplet", "quadruplet", "multi-similarity"]
-MapName = Literal["soft margin", "siamese", "triplet", "quadruplet", "cosine", "margin"]
+MapName = Literal["soft margin", "soft margin gradient", "siamese", "triplet", "quadruplet", "cosine", "margin"]
 FormName = Literal["siamese", "triplet", "quadruplet", "cosine", "margin"]
 EPISODIC: tuple[str, ...] = ("voc", "synthetic")
 
@@ -26,7 +26,6 @@ class SimilaritySettings(CacheSettings, DeviceSettings):
         "folders",
     )
     root: Path | None = setting("folder of the data set", None)
-    fold: int = setting("episodes: test fold; its classes are never trained on", 0, minimum=0, maximum=3)
     protocol: Literal["hsnet"] = setting("episodes: evaluation protocol", "hsnet")
     resolution: int | None = setting(
         "side of the square photos (default: the model's; else the protocol's for episodes, 224 for photos)",
@@ -56,6 +55,7 @@ class SimilarityTrainConfig(SimilaritySettings):
     """``fewshot-seg similarity train``."""
 
     out: Path = setting("folder of the run", Path("runs/similarity"))
+    fold: int = setting("episodes: test fold; its classes are never trained on", 0, minimum=0, maximum=3)
     held_out: bool = setting("leave a third of the training classes out, for choices (evaluate --part held-out)", False)
     loss: MetricName = setting("metric loss of photos, and of episodes' objects and backgrounds", "multi-similarity")
     metric_weight: float | None = setting(
@@ -102,6 +102,10 @@ class SimilarityTrainConfig(SimilaritySettings):
         super().__post_init__()
         if self.episodic and self.constraint and self.constraint_domain == "photos":
             raise DataError(f"--data {self.data} gives stored features; use --constraint-domain features")
+        if self.episodic and not (self.map_weight or self.metric_weight or self.constraint):
+            raise DataError(
+                "--map-weight 0 without --metric-weight or --constraint leaves nothing to train; raise one of them"
+            )
         if not self.episodic and self.metric_weight == 0 and not self.constraint:
             raise DataError("--metric-weight 0 without --constraint leaves nothing to train; raise one of them")
 
@@ -118,10 +122,15 @@ class SimilarityModelSettings(SimilaritySettings):
         "'embedded', 'random' or a file (default: as the model says, else embedded)", None
     )
     strides: tuple[int, ...] = setting("without a model: strides of the features", (16, 32), minimum=2)
+    fold: int | None = setting("episodes: test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
     part: Literal["test", "held-out"] = setting(
         "score the test classes, or the held-out third of training classes", "test"
     )
-    seed: int = setting("seed of drawn pairs and episodes", 0, minimum=0)
+    seed: int | None = setting(
+        "seed of drawn comparisons and episodes (default: 0; for episodes of the test classes the protocol's)",
+        None,
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,4 +167,7 @@ class SimilarityExplainConfig(SimilarityModelSettings):
         Config.__post_init__(self)
         needed = 2 + {"triplet": 1, "margin": 1, "quadruplet": 2}.get(self.form, 0)
         if len(self.images) < needed:
-            raise DataError(f"--form {self.form} compares {needed} photos, --images names {len(self.images)}")
+            raise DataError(
+                f"--form {self.form} compares {needed} photos, --images names {len(self.images)}; add photos, or "
+                "choose another --form (cosine and siamese compare two)"
+            )

@@ -4,8 +4,8 @@
 
 First every variant is trained without a third of the training classes and scored on them; of each domain of the mask,
 the one with the highest MAP@R there is taken. Then metric loss alone and metric loss + constraint are trained on all
-training classes with five seeds (three for masks on photos) and scored on the test classes. Writes the records of task ``retrieval`` in
-docs/results.json; finished cells are kept under --out.
+training classes with five seeds (three for masks on photos) and scored on the test classes. Writes the records of task
+``retrieval`` in docs/results.json; finished cells are kept under --out.
 """
 
 from __future__ import annotations

@@ -88,3 +88,9 @@ def _write_tiny_photo(root: Path, image_id: str, class_id: int, corner_class: in
 def tiny_voc(tmp_path: Path) -> Path:
     """Root of a small, valid VOC2012 folder that the test may damage; see `write_tiny_voc`."""
     return write_tiny_voc(tmp_path / "VOC2012")
+
+
+@pytest.fixture(scope="session")
+def shared_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_voc`, once for all tests that leave it as it is."""
+    return write_tiny_voc(tmp_path_factory.mktemp("voc") / "VOC2012")

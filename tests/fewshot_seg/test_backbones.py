@@ -73,6 +73,23 @@ class BackboneContract:
         for stride, level in zip(self.strides, backbone(images), strict=True):
             torch.testing.assert_close(level, by_width[64 // stride], rtol=1e-3, atol=1e-4)
 
+    def test_differentiable_equals_forward(self, backbone: Backbone) -> None:
+        images = torch.rand(2, 3, 64, 96)
+        for left, right in zip(backbone.differentiable(images), backbone(images), strict=True):
+            assert torch.equal(left, right)
+
+    def test_differentiable_has_a_gradient_to_the_photo_and_none_to_the_weights(self, backbone: Backbone) -> None:
+        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for level in backbone.differentiable(images):
+            (gradient,) = torch.autograd.grad(level.square().sum(), images, retain_graph=True)
+            assert gradient.shape == images.shape
+            assert gradient.isfinite().all()
+            assert gradient.any()
+        torch.autograd.backward([level.sum() for level in backbone.differentiable(images)])
+        assert images.grad is not None
+        assert all(parameter.grad is None for parameter in backbone.parameters())
+        assert not any(level.requires_grad for level in backbone.differentiable(images.detach()))
+
     def test_does_not_change_its_input(self, backbone: Backbone) -> None:
         images = torch.rand(1, 3, 64, 64)
         copy = images.clone()
@@ -86,6 +103,7 @@ class BackboneContract:
         same = build_backbone(self.name, strides=self.strides, weights="random", seed=3)
         other = build_backbone(self.name, strides=self.strides, weights="random", seed=4)
         assert torch.equal(torch.rand(4), expected)
+        assert not any(module.training for module in same.modules())
         assert same.fingerprint == backbone.fingerprint
         assert other.fingerprint != backbone.fingerprint
 
@@ -309,5 +327,6 @@ class TestBadRequests:
     def test_an_encoder_that_drops_the_border_says_so(self) -> None:
         backbone = build_backbone("convnext_atto", strides=(8, 32), weights="random")
         assert [tuple(level.shape[2:]) for level in backbone(torch.rand(1, 3, 64, 96))] == [(8, 12), (2, 3)]
-        with pytest.raises(DataError, match=r"drops the border of 100 x 75 images.*multiple of 32"):
-            backbone(torch.rand(1, 3, 100, 75))
+        for forward in (backbone, backbone.differentiable):
+            with pytest.raises(DataError, match=r"drops the border of 100 x 75 images.*multiple of 32"):
+                forward(torch.rand(1, 3, 100, 75))

@@ -16,14 +16,18 @@ import fewshot_seg.checkpoint
 from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import (
+    load_part,
     load_segmenter,
+    load_similarity,
     load_trained_tensors,
     read_tensors,
     save_segmenter,
+    save_similarity,
     trained_tensors,
     write_tensors,
 )
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, build_segmenter, training_free
+from fewshot_seg.similarity import SimilarityNetwork
 
 
 def disturbed(segmenter: FewShotSegmenter) -> FewShotSegmenter:
@@ -181,6 +185,144 @@ class TestDamage:
         with pytest.raises(DataError, match=r"1 tensors differ, first decoder\.gain"):
             load_trained_tensors(segmenter, wrong, where=tmp_path)
         assert all(torch.equal(tensor, before[name]) for name, tensor in trained_tensors(segmenter).items())
+
+
+def make_similarity(backbone: Backbone, *, rank: int = 3, seed: int = 3) -> SimilarityNetwork:
+    """As after training: no parameter is zero."""
+    similarity = SimilarityNetwork(backbone.channels, rank=rank)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in similarity.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return similarity.train()
+
+
+def same_network(one: SimilarityNetwork, other: SimilarityNetwork) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class TestSimilarityFile:
+    @pytest.fixture
+    def path(self, tmp_path: Path, tiny_backbone: Backbone) -> Path:
+        path = tmp_path / "new" / "similarity.safetensors"
+        save_similarity(
+            path,
+            make_similarity(tiny_backbone),
+            tiny_backbone,
+            backbone_weights="random",
+            resolution=96,
+            notes={"labels": ["ä", "b"]},
+        )
+        return path
+
+    @pytest.mark.parametrize("rank", [0, 3])
+    def test_round_trip(self, tmp_path: Path, tiny_backbone: Backbone, rank: int) -> None:
+        similarity, path = make_similarity(tiny_backbone, rank=rank), tmp_path / "similarity.safetensors"
+        save_similarity(path, similarity, tiny_backbone, backbone_weights="random", resolution=96, notes={"seed": 4})
+        loaded = load_similarity(path)
+        assert (loaded.resolution, loaded.notes) == (96, {"seed": 4})
+        assert loaded.similarity.rank == rank
+        assert same_network(loaded.similarity, similarity)
+        assert not any(module.training for module in (*loaded.similarity.modules(), *loaded.backbone.modules()))
+        assert loaded.backbone.fingerprint == tiny_backbone.fingerprint
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        before, after = similarity(tiny_backbone(images)), loaded.similarity(loaded.backbone(images))
+        assert torch.equal(before, after)
+
+    def test_notes_are_optional_and_the_file_holds_no_backbone(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        path = tmp_path / "similarity.safetensors"
+        save_similarity(path, make_similarity(tiny_backbone), tiny_backbone, backbone_weights="random", resolution=64)
+        assert load_similarity(path).notes == {}
+        assert read_tensors(path)[0].keys() == {"similarity.down.weight", "similarity.up.weight"}
+
+    @pytest.mark.parametrize("kind", ["ours", "pfenet", "none", "readout"])
+    def test_a_whole_model_gives_its_similarity_network(
+        self, tmp_path: Path, tiny_backbone: Backbone, kind: str
+    ) -> None:
+        segmenter, path = make(tiny_backbone, kind), tmp_path / "model.safetensors"
+        save_segmenter(path, segmenter, backbone_weights="random", resolution=64, notes={"fold": 2})
+        loaded = load_similarity(path)
+        assert same_network(loaded.similarity, segmenter.similarity)
+        assert (loaded.resolution, loaded.notes) == (64, {"fold": 2})
+
+    def test_is_no_whole_model(self, path: Path) -> None:
+        assert_refused(
+            path,
+            r"similarity\.safetensors holds a similarity network alone, without a decoder; give it with --similarity",
+        )
+
+    def test_other_backbone_weights(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        other = build_backbone(tiny_backbone.name, weights="random", seed=7)
+        similarity, path = make_similarity(other), tmp_path / "similarity"
+        save_similarity(path, similarity, other, backbone_weights="random", resolution=64)
+        expected = r"similarity was trained on other weights of mobilenetv3_small_050; .*--backbone-weights"
+        with pytest.raises(DataError, match=expected):
+            load_similarity(path)
+        file = tmp_path / "backbone.safetensors"
+        save_file({name: value.contiguous() for name, value in other.encoder.state_dict().items()}, file)
+        loaded = load_similarity(path, backbone_weights=str(file))
+        assert loaded.backbone.fingerprint == other.fingerprint
+        assert same_network(loaded.similarity, similarity)
+
+    def test_other_strides_are_another_backbone(self, path: Path) -> None:
+        rewrite(path, lambda _, told: told.update(strides=[8, 32]))
+        with pytest.raises(DataError, match="was trained on other weights of mobilenetv3_small_050"):
+            load_similarity(path)
+
+    def test_wrong_shapes(self, path: Path) -> None:
+        def damage(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+            tensors["similarity.down.weight"] = torch.zeros(3, 8, 1, 1)
+            del tensors["similarity.up.weight"]
+            tensors["similarity.surplus"] = torch.zeros(1)
+
+        rewrite(path, damage)
+        expected = r"similarity\.safetensors does not fit this model: 3 tensors differ, first down\.weight, surplus, up"
+        with pytest.raises(DataError, match=expected):
+            load_similarity(path)
+
+    def test_another_rank_than_described(self, path: Path) -> None:
+        rewrite(path, lambda _, told: told.update(similarity_rank=4))
+        with pytest.raises(DataError, match=r"2 tensors differ, first down\.weight, up\.weight"):
+            load_similarity(path)
+
+    @pytest.mark.parametrize(
+        "wrong", [{"resolution": "large"}, {"similarity_rank": "x"}, {"notes": 3}, {"strides": None}]
+    )
+    def test_a_wrong_description(self, path: Path, wrong: dict[str, Any]) -> None:
+        rewrite(path, lambda _, told: told.update(wrong))
+        with pytest.raises(DataError, match=r"similarity\.safetensors lacks a part of its description"):
+            load_similarity(path)
+
+    def test_a_missing_part_of_the_description(self, path: Path) -> None:
+        _, description = read_tensors(path)
+        original = path.read_bytes()
+        for key in description.keys() - {"format", "kind"}:
+            path.write_bytes(original)
+            rewrite(path, lambda _, told, key=key: told.pop(key))  # type: ignore[misc]
+            with pytest.raises(DataError, match=rf"lacks a part of its description \(KeyError\('{key}'\)\)"):
+                load_similarity(path)
+
+    def test_missing_and_damaged(self, tmp_path: Path, path: Path) -> None:
+        with pytest.raises(DataError, match=r"no model file at .*nothing\.safetensors"):
+            load_similarity(tmp_path / "nothing.safetensors")
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(DataError, match=r"similarity\.safetensors is damaged or was not written by fewshot-seg"):
+            load_similarity(path)
+
+
+class TestLoadPart:
+    def test_takes_its_own_prefix_and_leaves_the_rest(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        source, target = make_similarity(tiny_backbone, seed=5), make_similarity(tiny_backbone)
+        tensors = {f"one.{name}": value for name, value in source.state_dict().items()}
+        load_part(target, tensors | {"two.down.weight": torch.zeros(1)}, prefix="one.", where=tmp_path)
+        assert same_network(target, source)
+
+    def test_a_refused_state_leaves_the_part_as_it_was(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        target = make_similarity(tiny_backbone)
+        wrong = {"one.down.weight": torch.zeros_like(target.down.weight), "one.up.weight": torch.zeros(1)}
+        with pytest.raises(DataError, match=rf"{tmp_path.name} does not fit this model: 1 tensors differ, first up"):
+            load_part(target, wrong, prefix="one.", where=tmp_path)
+        assert same_network(target, make_similarity(tiny_backbone))
 
 
 class TestNothingHalfWritten:

@@ -8,15 +8,20 @@ from typing import Any, get_args
 import pytest
 
 from episodes.protocols import get_protocol
+from episodes.reidentification import ReidentificationLayout
+from episodes.retrieval import RetrievalLayout
 from episodes.types import DataError
 from fewshot_seg import config as module
-from fewshot_seg.attention import ATTENTION_KINDS
+from fewshot_seg.attention import ATTENTION_KINDS, NEGATIVES_NEEDED
 from fewshot_seg.config import (
     Config,
     DemoConfig,
     EvaluateConfig,
     ExplainConfig,
     PredictConfig,
+    SimilarityEvaluateConfig,
+    SimilarityExplainConfig,
+    SimilarityTrainConfig,
     TrainConfig,
     VerifyConfig,
     default_cache,
@@ -24,11 +29,14 @@ from fewshot_seg.config import (
     settings_of,
 )
 from fewshot_seg.experiment import Augment
+from fewshot_seg.metric_losses import METRIC_LOSSES
 from fewshot_seg.optimisation import SCHEDULES
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import PRIOR_KINDS
+from fewshot_seg.similarity_losses import MAP_KINDS
 
-ALL = (DemoConfig, VerifyConfig, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig)
+SIMILARITY = (SimilarityTrainConfig, SimilarityEvaluateConfig, SimilarityExplainConfig)
+ALL = (DemoConfig, VerifyConfig, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig, *SIMILARITY)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -56,6 +64,23 @@ class TestSettings:
         assert choices(TrainConfig, "schedule") == SCHEDULES
         assert choices(TrainConfig, "augment") == get_args(Augment)
         assert [get_protocol(name).name for name in choices(TrainConfig, "protocol")] == ["hsnet"]
+
+    def test_choices_of_the_similarity_network_are_those_of_the_components(self) -> None:
+        assert choices(SimilarityTrainConfig, "loss") == METRIC_LOSSES
+        assert choices(SimilarityTrainConfig, "maps") == MAP_KINDS
+        assert set(choices(SimilarityTrainConfig, "constraint_form")) == set(ATTENTION_KINDS) - {"quadruplet"}
+        assert choices(SimilarityTrainConfig, "schedule") == SCHEDULES
+        for config_class in SIMILARITY:
+            layouts = (*get_args(RetrievalLayout), *get_args(ReidentificationLayout))
+            assert choices(config_class, "data") == (*layouts, *choices(TrainConfig, "data"))
+        for config_class in (SimilarityEvaluateConfig, SimilarityExplainConfig):
+            assert choices(config_class, "form") == ATTENTION_KINDS
+
+    @pytest.mark.parametrize("config_class", ALL)
+    def test_flags_differ(self, config_class: type[Config]) -> None:
+        flags = [setting.flag for setting in settings_of(config_class)]
+        assert len(set(flags)) == len(flags)
+        assert "--config" not in flags  # the file's own flag
 
     def test_cache_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path))
@@ -136,6 +161,111 @@ def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
 def test_model_and_prior_map_exclude_each_other() -> None:
     with pytest.raises(DataError, match="--model and --prior-map exclude each other"):
         EvaluateConfig(data="synthetic", model=Path("m.safetensors"), prior_map="soft margin")
+
+
+def test_model_and_similarity_exclude_each_other() -> None:
+    for config_class in (EvaluateConfig, ExplainConfig):
+        with pytest.raises(DataError, match="--model and --similarity exclude each other: a model brings its own net"):
+            config_class(data="synthetic", model=Path("m.safetensors"), similarity=Path("s.safetensors"))
+    assert TrainConfig(data="synthetic", similarity=Path("s.safetensors")).prior == "similarity"
+    with pytest.raises(DataError, match="--similarity is the source of the prior 'similarity', but --prior is 'none'"):
+        TrainConfig(data="synthetic", similarity=Path("s.safetensors"), prior="none", appearance=16)
+
+
+class TestSimilarity:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"data": "folders", "root": None}, "--data folders needs --root DIR, the folder of the data set"),
+            ({"data": "voc", "root": None}, "--data voc needs --root DIR"),
+            ({"data": "imagenet"}, "--data must be one of folders, cub, cars, sop, .*voc, synthetic; got 'imagenet'"),
+            ({"fold": 4}, "--fold must be at most 3, got 4"),
+            ({"loss": "arcface"}, "--loss must be one of contrastive, triplet, quadruplet, multi-similarity; got"),
+            ({"maps": ("margin", "lime")}, "--maps must be one of soft margin, .*; got 'lime'"),
+            ({"maps": ()}, "--maps needs at least one value"),
+            ({"constraint": -1.0}, "--constraint must be at least 0, got -1"),
+            ({"constraint_triples": 0}, "--constraint-triples must be at least 1, got 0"),
+            ({"rank": 0}, "--rank must be at least 1, got 0"),
+            ({"classes": 1}, "--classes must be at least 2, got 1"),
+            ({"photos": 1}, "--photos must be at least 2, got 1"),
+            ({"resolution": 16}, "--resolution must be at least 32, got 16"),
+            ({"metric_weight": 0.0}, "--metric-weight 0 without --constraint leaves nothing to train; raise one"),
+            ({"data": "voc", "map_weight": 0.0}, "--map-weight 0 without --metric-weight or --constraint leaves noth"),
+            (
+                {"data": "synthetic", "map_weight": 0.0, "metric_weight": 0.0},
+                "--map-weight 0 without --metric-weight or --constraint leaves nothing to train",
+            ),
+            (
+                {"data": "voc", "constraint": 0.3, "constraint_domain": "photos"},
+                "--data voc gives stored features; use --constraint-domain features",
+            ),
+        ],
+    )
+    def test_training_that_cannot_be(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            SimilarityTrainConfig(**{"root": Path("data"), **values})
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"metric_weight": 0.0, "constraint": 0.3},
+            {"constraint": 0.3, "constraint_domain": "photos"},
+            {"map_weight": 0.0},  # of episodes alone
+            {"data": "synthetic", "root": None},
+            {"data": "voc", "metric_weight": 0.0},
+            {"data": "voc", "map_weight": 0.0, "metric_weight": 1.0},
+            {"data": "voc", "map_weight": 0.0, "constraint": 0.3},
+        ],
+    )
+    def test_training_that_can_be(self, values: dict[str, Any]) -> None:
+        config = SimilarityTrainConfig(**{"root": Path("data"), **values})
+        assert config.episodic == (config.data in ("voc", "synthetic"))
+
+    def test_episodes_as_the_other_verbs_name_them(self) -> None:
+        named = SimilarityTrainConfig(data="voc", root=Path("VOC2012")).data_settings()
+        assert (named.data, named.root, named.protocol) == ("voc", Path("VOC2012"), "hsnet")
+        assert SimilarityEvaluateConfig(data="synthetic").data_settings().data == "synthetic"
+
+    def test_fold_and_seed_are_left_to_model_and_protocol(self) -> None:
+        config = SimilarityEvaluateConfig(data="synthetic")
+        assert (config.fold, config.seed, config.resolution, config.episodes) == (None, None, None, None)
+        with pytest.raises(DataError, match="--fold must be at least 0, got -1"):
+            SimilarityEvaluateConfig(data="synthetic", fold=-1)
+
+    @pytest.mark.parametrize("form", ATTENTION_KINDS)
+    def test_own_photos_are_as_many_as_the_form_compares(self, form: Any) -> None:
+        needed = 2 + NEGATIVES_NEEDED[form]
+        photos = tuple(Path(f"{number}.jpg") for number in range(needed))
+        assert SimilarityExplainConfig(images=photos, form=form).root is None
+        too_few = f"--form {form} compares {needed} photos, --images names {needed - 1}; add photos, or choose another"
+        with pytest.raises(DataError, match=too_few):
+            SimilarityExplainConfig(images=photos[1:], form=form)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({}, "--data folders needs --root DIR"),
+            ({"data": "voc", "root": Path()}, "--data voc: episodes are drawn by `fewshot-seg explain --similarity"),
+            ({"data": "synthetic"}, "--data synthetic: episodes are drawn by `fewshot-seg explain --similarity FILE`"),
+            ({"images": ()}, "--images needs at least one value"),
+            ({"images": (Path("a.jpg"),) * 3, "count": 0}, "--count must be at least 1, got 0"),
+            ({"images": (Path("a.jpg"),) * 3, "form": "lime"}, "--form must be one of siamese, triplet"),
+        ],
+    )
+    def test_explanations_that_cannot_be(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            SimilarityExplainConfig(**values)
+
+    def test_from_a_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path, 'root = "birds"\nks = [1, 10]\npart = "held-out"\nfaithfulness = 4\n')
+        config = resolve(SimilarityEvaluateConfig, {"faithfulness": 8}, file)
+        assert (config.ks, config.part, config.faithfulness) == ((1, 10), "held-out", 8)
+        file = write(tmp_path, 'images = ["~/a.jpg", "b.jpg", "c.jpg"]\n')
+        assert resolve(SimilarityExplainConfig, {}, file).images == (
+            Path.home() / "a.jpg",
+            Path("b.jpg"),
+            Path("c.jpg"),
+        )
 
 
 def test_configurations_are_frozen() -> None:

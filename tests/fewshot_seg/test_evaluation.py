@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from fewshot_seg.features import FeatureStore, MaskStore
 from fewshot_seg.metrics import prior_scores
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
+from fewshot_seg.similarity import cell_weights
 
 SIZE, LENGTH = 64, 9
 
@@ -54,6 +56,14 @@ SQUARE = SyntheticSource(base_classes=3, novel_classes=2, images_per_class=4, si
 def episodes(tiny_backbone: Backbone) -> CachedEpisodes:
     pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
     specs = EpisodeSampler(pairs, shots=2, seed=3, length=LENGTH, order="random", repeat_supports=False)
+    store = FeatureStore(tiny_backbone, SQUARE, size=SIZE, directory=None)
+    return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
+
+
+@pytest.fixture(scope="module")
+def draw_one(tiny_backbone: Backbone) -> CachedEpisodes:
+    pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
+    specs = EpisodeSampler(pairs, shots=1, seed=0, length=1, order="random", repeat_supports=False)
     store = FeatureStore(tiny_backbone, SQUARE, size=SIZE, directory=None)
     return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
 
@@ -298,6 +308,78 @@ class TestEvaluatePriors:
             assert mean == pytest.approx(statistics.mean(values))
             error = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
             assert (low, high) == pytest.approx((mean - error, mean + error))
+
+    def test_element_wise_soft_margin_equals_plain_sums(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
+    ) -> None:
+        aucs, ious = [], []
+        for batch in episodes.batches(1):
+            with torch.no_grad():
+                query = segmenter.similarity(batch.query_levels)[0].double().flatten(1).T.numpy()
+                support = segmenter.similarity(batch.support_levels).double().permute(0, 2, 3, 1).flatten(0, 2).numpy()
+            shares = [share.double().flatten().numpy() for share in cell_weights(batch.support_masks[0], (4, 4))]
+            values = []
+            for cell in query:
+                cosines = support @ cell
+                kernel = np.exp(cosines / segmenter.temperature)
+                near, far = (float((share * kernel * cosines).sum() / (share * kernel).sum()) for share in shares)
+                values.append(near - far)
+            shown = torch.tensor(values, dtype=torch.float32).reshape(1, 1, 4, 4)
+            enlarged = F.interpolate(shown, (16, 16), mode="bilinear", align_corners=False)[0, 0]
+            auc, iou = prior_scores(enlarged, batch.query_masks[0, 2::4, 2::4])
+            aucs.append(auc)
+            ious.append(iou)
+        score = evaluate_priors(segmenter, episodes, kinds=(), batch_size=3)[
+            "gradient attention: soft margin, element-wise"
+        ]
+        assert score.auc[0] == pytest.approx(statistics.mean(aucs), abs=1e-3)
+        assert score.best_iou[0] == pytest.approx(statistics.mean(ious), abs=1e-3)
+
+    def test_signed_margin_equals_automatic_differentiation(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
+    ) -> None:
+        signed, rectified = [], []
+        for batch in episodes.batches(1):
+            with torch.no_grad():
+                support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+            maps = segmenter.similarity(batch.query_levels).detach().requires_grad_()
+            embedding = F.normalize(maps.mean((2, 3)), dim=1)
+            margin = (embedding * (support.foreground_embedding - support.background_embedding)).sum()
+            (gradient,) = torch.autograd.grad(margin, maps)
+            attention = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).detach()
+            for found, shown in ((signed, attention), (rectified, attention.relu())):
+                enlarged = F.interpolate(shown[:, None], (16, 16), mode="bilinear", align_corners=False)[0, 0]
+                found.append(prior_scores(enlarged, batch.query_masks[0, 2::4, 2::4]))
+        scores = evaluate_priors(segmenter, episodes, kinds=("margin",), batch_size=4)
+        for name, expected in (("margin, signed", signed), ("margin", rectified)):
+            score = scores[f"gradient attention: {name}"]
+            assert score.auc[0] == pytest.approx(statistics.mean(auc for auc, _ in expected), abs=1e-3)
+            assert score.best_iou[0] == pytest.approx(statistics.mean(iou for _, iou in expected), abs=1e-3)
+        assert signed != rectified  # ranks below zero are lost
+
+    def test_nothing_is_the_share_of_the_object(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        score = evaluate_priors(segmenter, episodes, kinds=())["nothing"]
+        shares = []
+        for batch in episodes.batches(1):
+            target = batch.query_masks[0, 2::4, 2::4]
+            shares.append(float((target == 1).sum() / (target != IGNORE).sum()))
+        assert score.auc == (0.5, 0.5, 0.5)
+        assert score.best_iou[0] == pytest.approx(statistics.mean(shares))  # of a map whose every threshold is "all"
+
+    def test_one_episode_has_the_widest_interval(self, segmenter: FewShotSegmenter, draw_one: CachedEpisodes) -> None:
+        score = evaluate_priors(segmenter, draw_one, kinds=())["soft margin"]
+        assert score.episodes == 1
+        assert score.auc[1:] == score.best_iou[1:] == (0, 1)
+        assert 0 <= score.auc[0] <= 1
+
+    def test_no_episode_to_score(self, tiny_backbone: Backbone) -> None:
+        class Empty(Planted):
+            def batch(self, numbers: range) -> FeatureBatch:
+                batch = super().batch(numbers)
+                return dataclasses.replace(batch, query_masks=torch.zeros_like(batch.query_masks))
+
+        with pytest.raises(DataError, match="no query mask shows both object and background at a quarter of its side"):
+            evaluate_priors(training_free(tiny_backbone), Empty(tiny_backbone), kinds=())
 
     def test_second_negative_is_the_neighbours_object(
         self, segmenter: FewShotSegmenter, episodes: CachedEpisodes

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor
 
 from episodes.types import IGNORE
-from fewshot_seg.losses import balanced_map_loss, segmentation_loss
+from fewshot_seg.losses import attention_map_loss, balanced_map_loss, segmentation_loss
 
 
 def softplus(value: float) -> float:
@@ -151,3 +153,83 @@ class TestBalancedMapLoss:
         nothing = balanced_map_loss(margin, none, none)
         assert nothing.item() == 0
         assert torch.autograd.grad(nothing, margin)[0].tolist() == [[0.0, 0.0]]
+
+
+def random_attention(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of 3 photos of 6 cells, and how much of each cell is object and background; the rest is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    shares = torch.rand(3, 6, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    return attention, shares[..., 0], shares[..., 1]
+
+
+def loop_attention_map_loss(attention: Tensor, foreground: Tensor, background: Tensor, sharpness: float) -> float:
+    total = 0.0
+    for values, objects, grounds in zip(attention.tolist(), foreground.tolist(), background.tolist(), strict=True):
+        of_object = sum(v * o for v, o in zip(values, objects, strict=True)) / sum(objects)
+        of_background = sum(v * g for v, g in zip(values, grounds, strict=True)) / sum(grounds)
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        logits = [sharpness * (v - (of_object + of_background) / 2) / spread for v in values]
+        total += sum(softplus(-m) * o for m, o in zip(logits, objects, strict=True)) / sum(objects)
+        total += sum(softplus(m) * g for m, g in zip(logits, grounds, strict=True)) / sum(grounds)
+    return total / len(attention)
+
+
+class TestAttentionMapLoss:
+    @pytest.mark.parametrize("sharpness", [0.5, 2.0, 7.0])
+    def test_equals_plain_loops(self, sharpness: float) -> None:
+        loss = attention_map_loss(*random_attention(), sharpness=sharpness)
+        assert loss.item() == pytest.approx(loop_attention_map_loss(*random_attention(), sharpness), rel=1e-12)
+
+    @settings(max_examples=50, deadline=None)
+    @given(seed=st.integers(0, 10**6), scale=st.floats(1e-9, 1e6), shift=st.floats(-10, 10))
+    def test_scale_and_shift_of_each_map_do_not_matter(self, seed: int, scale: float, shift: float) -> None:
+        attention, foreground, background = random_attention(seed)
+        foreground[0], background[1] = 0, 0  # absent sides, too
+        scales = torch.tensor([[scale], [1.0], [1 / scale]], dtype=torch.float64)
+        changed = scales * (attention + shift)
+        torch.testing.assert_close(
+            attention_map_loss(changed, foreground, background),
+            attention_map_loss(attention, foreground, background),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+
+    def test_tells_a_map_from_its_opposite(self) -> None:
+        attention = torch.tensor([[3.0, 2.0, -1.0, 0.0]])
+        objects = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+        right = attention_map_loss(attention, objects, 1 - objects)
+        assert right < 2 * math.log(2) < attention_map_loss(-attention, objects, 1 - objects)
+
+    @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e4])
+    def test_gradcheck(self, unit: float) -> None:
+        attention, foreground, background = random_attention()
+
+        def loss(values: Tensor) -> Tensor:
+            return attention_map_loss(unit * values, foreground, background)
+
+        assert torch.autograd.gradcheck(loss, (attention.requires_grad_(),))
+
+    @pytest.mark.parametrize("absent", ["object", "background", "both"])
+    def test_an_episode_that_lacks_a_side_adds_nothing(self, absent: str) -> None:
+        attention, foreground, background = random_attention()
+        if absent != "background":
+            foreground[1] = 0
+        if absent != "object":
+            background[1] = 0
+        attention.requires_grad_()
+        loss = attention_map_loss(attention, foreground, background)
+        kept = attention_map_loss(attention[[0, 2]], foreground[[0, 2]], background[[0, 2]])
+        torch.testing.assert_close(loss, kept * 2 / 3)
+        (gradient,) = torch.autograd.grad(loss, attention)
+        assert (gradient[1] == 0).all()
+        assert (gradient[[0, 2]] != 0).all()
+
+    @pytest.mark.parametrize("value", [0.0, 0.3])
+    def test_a_constant_map_is_finite_and_undecided(self, value: float) -> None:
+        attention = torch.full((1, 4), value, requires_grad=True)
+        objects = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        loss = attention_map_loss(attention, objects, 1 - objects)
+        assert loss.item() == pytest.approx(2 * math.log(2))
+        assert torch.autograd.grad(loss, attention)[0].isfinite().all()

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewshot_seg.attention import gradient_attention, scale_map
-from fewshot_seg.priors import PRIOR_CHANNELS, nearest_similarity, pfenet_prior, similarity_priors, soft_margin
+from fewshot_seg.priors import (
+    PRIOR_CHANNELS,
+    nearest_similarity,
+    pfenet_prior,
+    similarity_priors,
+    soft_margin,
+    soft_margin_attention,
+)
 
 WIDTH = 7
 
@@ -130,6 +137,91 @@ class TestSoftMargin:
         torch.testing.assert_close(changed, margin)
         swapped = soft_margin(query, support, background, foreground, temperature=temperature)
         torch.testing.assert_close(swapped, -margin)
+
+
+class TestSoftMarginAttention:
+    @pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
+    def test_is_the_elementwise_gradient_of_the_soft_margin_by_autograd(self, temperature: float) -> None:
+        query, support = unit(2, 5, WIDTH, seed=0), unit(2, 6, WIDTH, seed=1)
+        foreground, background = share(2, 6, seed=2), share(2, 6, seed=3)
+        attention = soft_margin_attention(query, support, foreground, background, temperature=temperature)
+        query.requires_grad_()
+        margin = soft_margin(query, support, foreground, background, temperature=temperature)
+        for x in range(5):  # the score of every cell by itself
+            (gradient,) = torch.autograd.grad(margin[:, x].sum(), query, retain_graph=True)
+            assert (gradient[:, [other for other in range(5) if other != x]] == 0).all()
+            expected = temperature * (gradient[:, x] * query[:, x]).sum(-1)
+            torch.testing.assert_close(attention[:, x], expected.detach(), rtol=1e-9, atol=1e-12)
+
+    def test_equals_plain_loops(self) -> None:
+        query, support = unit(2, 3, WIDTH, seed=0), unit(2, 4, WIDTH, seed=1)
+        foreground, background = share(2, 4, seed=2), share(2, 4, seed=3)
+        found = soft_margin_attention(query, support, foreground, background, temperature=0.2)
+        for b in range(2):
+            for x in range(3):
+                cosines = [cosine(query[b, x], cell) for cell in support[b]]
+                means = []
+                for side in (foreground, background):
+                    weights = [w * math.exp(c / 0.2) for w, c in zip(side[b].tolist(), cosines, strict=True)]
+                    means.append(sum(w * c for w, c in zip(weights, cosines, strict=True)) / sum(weights))
+                assert found[b, x].item() == pytest.approx(means[0] - means[1], abs=1e-12)
+
+    @pytest.mark.parametrize("temperature", [0.05, 0.5])
+    def test_an_absent_side_counts_as_opposite(self, temperature: float) -> None:
+        query, support = unit(1, 5, WIDTH, seed=0), unit(1, 6, WIDTH, seed=1)
+        weights, none = share(1, 6, seed=2), torch.zeros(1, 6, dtype=torch.float64)
+        without_background = soft_margin_attention(query, support, weights, none, temperature=temperature)
+        opposite = soft_margin_attention(
+            query,
+            torch.cat([support, -query[:, :1]], dim=1),
+            F.pad(weights, (0, 1)),
+            F.pad(none, (0, 1), value=1.0),
+            temperature=temperature,
+        )
+        torch.testing.assert_close(without_background[:, 0], opposite[:, 0])
+        without_foreground = soft_margin_attention(query, support, none, weights, temperature=temperature)
+        torch.testing.assert_close(without_foreground, -without_background)
+        assert soft_margin_attention(query, support, none, none, temperature=temperature).tolist() == [[0.0] * 5]
+
+    def test_gradients(self) -> None:
+        query, support = unit(1, 3, 4, seed=0), unit(1, 5, 4, seed=1)
+        foreground, background = share(1, 5, seed=2), share(1, 5, seed=3)
+        inputs = [tensor.requires_grad_() for tensor in (query, support, foreground, background)]
+        assert torch.autograd.gradcheck(lambda *tensors: soft_margin_attention(*tensors, temperature=0.3), inputs)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_an_absent_side_has_a_finite_gradient(self, dtype: torch.dtype) -> None:
+        query, support = unit(1, 3, 4, seed=0, dtype=dtype).requires_grad_(), unit(1, 5, 4, seed=1, dtype=dtype)
+        sides = torch.ones(1, 5, dtype=dtype), torch.zeros(1, 5, dtype=dtype)
+        attention = soft_margin_attention(query, support, *sides, temperature=0.05)
+        (gradient,) = torch.autograd.grad(attention.sum(), query)
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+    @settings(max_examples=50, deadline=None)
+    @given(
+        seed=st.integers(0, 10**6),
+        temperature=st.floats(0.01, 5),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    def test_stays_within_its_bounds(self, seed: int, temperature: float, dtype: torch.dtype) -> None:
+        query, support = unit(2, 5, 3, seed=seed, dtype=dtype), unit(2, 6, 3, seed=seed + 1, dtype=dtype)
+        foreground = share(2, 6, seed=seed + 2).to(dtype)
+        attention = soft_margin_attention(query, support, foreground, 1 - foreground, temperature=temperature)
+        assert attention.isfinite().all()
+        assert attention.abs().max() <= 2 + 1e-5
+
+    def test_reaches_its_bounds(self) -> None:
+        cells = torch.eye(2)[None, :1]
+        support, weights = torch.cat([cells, -cells], dim=1), torch.eye(2)[None]
+        attention = soft_margin_attention(cells, support, weights[:, 0], weights[:, 1], temperature=0.05)
+        torch.testing.assert_close(attention, torch.tensor([[2.0]]))
+
+    def test_does_not_change_its_arguments(self) -> None:
+        arguments = [unit(1, 3, 4, seed=0), unit(1, 5, 4, seed=1), share(1, 5, seed=2), share(1, 5, seed=3)]
+        copies = [tensor.clone() for tensor in arguments]
+        soft_margin_attention(*arguments, temperature=0.1)
+        assert all(torch.equal(left, right) for left, right in zip(arguments, copies, strict=True))
 
 
 class TestNearestSimilarity:

@@ -140,8 +140,9 @@ class SegmenterContract:
     def test_images_or_their_features(self, segmenter: FewShotSegmenter) -> None:
         images, masks, queries = photos(2, 2), outlines(2, 2), photos(2, seed=1)
         support = segmenter.encode_support(images, masks)
-        from_levels = segmenter.encode_support_levels(segmenter.backbone(images.flatten(0, 1)), masks)
-        assert_same(support, from_levels, atol=0)
+        levels = segmenter.backbone(images.flatten(0, 1))
+        assert_same(support, segmenter.encode_support_levels(levels, masks), atol=0)
+        assert_same(support, segmenter.encode_support_maps(segmenter.similarity(levels), levels, masks), atol=0)
         prediction = segmenter.segment(support, queries)
         levels = segmenter.backbone(queries)
         assert_same(prediction, segmenter.segment_levels(support, levels, (SIZE, SIZE)), atol=0)
@@ -344,6 +345,54 @@ class TestConstruction:
         assert all(torch.equal(left, right) for left, right in pairs)
         differing = zip(first.trainable_parameters(), other.trainable_parameters(), strict=True)
         assert any(not torch.equal(left, right) for left, right in differing)
+
+
+def trained_similarity(backbone: Backbone, *, rank: int = 3) -> SimilarityNetwork:
+    similarity = SimilarityNetwork(backbone.channels, rank=rank, seed=8)
+    torch.nn.init.normal_(similarity.up.weight, generator=torch.Generator().manual_seed(9))
+    return similarity
+
+
+class TestGivenSimilarity:
+    def test_takes_the_place_of_a_new_one(self, tiny_backbone: Backbone) -> None:
+        similarity = trained_similarity(tiny_backbone)
+        for segmenter in (
+            build_segmenter(tiny_backbone, similarity=similarity, similarity_rank=7),
+            training_free(tiny_backbone, similarity=similarity),
+        ):
+            assert segmenter.similarity is similarity
+            images, masks = photos(2, 1), outlines(2, 1)
+            maps = similarity(tiny_backbone(images[:, 0]))
+            support = segmenter.encode_support(images, masks)
+            torch.testing.assert_close(support.cells, maps.flatten(2).transpose(1, 2))
+            untrained = build_segmenter(tiny_backbone).encode_support(images, masks)
+            assert (support.cells - untrained.cells).abs().max() > 0.1
+
+    def test_a_trained_one_changes_the_prior(self, tiny_backbone: Backbone) -> None:
+        def logits(similarity: SimilarityNetwork | None) -> Tensor:
+            segmenter = training_free(tiny_backbone, similarity=similarity)
+            return segmenter.segment(segmenter.encode_support(photos(1, 1), outlines(1, 1)), photos(1, seed=1)).logits
+
+        assert not torch.allclose(logits(trained_similarity(tiny_backbone)), logits(None), rtol=0.1)
+        identity = SimilarityNetwork(tiny_backbone.channels, rank=3)  # its projection starts at zero
+        torch.testing.assert_close(logits(identity), logits(None), rtol=1e-3, atol=1e-3)
+
+    def test_training_goes_on_with_it_unless_it_is_frozen(self, tiny_backbone: Backbone) -> None:
+        similarity = trained_similarity(tiny_backbone)
+        segmenter = build_segmenter(tiny_backbone, similarity=similarity)
+        inside = {id(parameter) for parameter in similarity.parameters()}
+        assert inside < {id(parameter) for parameter in segmenter.trainable_parameters()}
+        similarity.requires_grad_(False)
+        remaining = segmenter.trainable_parameters()
+        assert inside.isdisjoint({id(parameter) for parameter in remaining})
+        assert [id(p) for p in remaining] == [id(p) for p in segmenter.decoder.parameters()]
+        assert training_free(tiny_backbone, similarity=similarity).trainable_parameters() == []
+
+    def test_of_another_backbone_is_refused(self, tiny_backbone: Backbone) -> None:
+        with pytest.raises(DataError, match=r"similarity network reads \(3, 4\), backbone gives \("):
+            build_segmenter(tiny_backbone, similarity=SimilarityNetwork((3, 4)))
+        with pytest.raises(DataError, match=r"similarity network reads \(3, 4\), backbone gives \("):
+            training_free(tiny_backbone, similarity=SimilarityNetwork((3, 4)))
 
 
 class TestTrainingFree:

@@ -1,4 +1,4 @@
-"""Training: schedules against torch's, losses that fall, and runs that survive being killed.
+"""Training: losses that fall, and runs that survive being killed.
 
 As a script (``python test_training.py FOLDER``) it trains the tiny task and kills itself with SIGKILL in
 the middle of writing a checkpoint.
@@ -33,7 +33,7 @@ from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch, FeatureEpisodes
 from fewshot_seg.features import FeatureStore, MaskStore
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
-from fewshot_seg.optimisation import CHECKPOINT_NAME, SCHEDULES, Schedule, TrainingResult, learning_rate_at
+from fewshot_seg.optimisation import CHECKPOINT_NAME, TrainingResult, learning_rate_at
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights
 from fewshot_seg.training import episode_losses, train
@@ -102,38 +102,6 @@ def logged_steps(folder: Path) -> list[int]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FewShotSegmenter, Path, TrainingResult]:
     segmenter, folder = new_model(), tmp_path_factory.mktemp("uninterrupted")
     return segmenter, folder, run(segmenter, folder)
-
-
-class TestLearningRate:
-    @pytest.mark.parametrize("steps", [20, 37, 240])
-    def test_one_cycle_is_torchs(self, steps: int) -> None:
-        optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, max_lr=0.3, total_steps=steps, pct_start=0.1, div_factor=25, final_div_factor=1e4
-        )
-        for step in range(steps):
-            assert learning_rate_at(step, steps, 0.3, "one-cycle") == pytest.approx(
-                scheduler.get_last_lr()[0], rel=1e-6, abs=1e-12
-            )
-            optimiser.step()
-            if step < steps - 1:
-                scheduler.step()
-
-    @pytest.mark.parametrize("steps", [1, 7, 100])
-    def test_cosine_is_torchs(self, steps: int) -> None:
-        optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
-        for step in range(steps):
-            expected = scheduler.get_last_lr()[0]
-            assert learning_rate_at(step, steps, 0.3, "cosine") == pytest.approx(expected, rel=1e-6, abs=1e-12)
-            optimiser.step()
-            scheduler.step()
-
-    @pytest.mark.parametrize("schedule", SCHEDULES)
-    @pytest.mark.parametrize("steps", [1, 2, 5, 11])
-    def test_short_runs_stay_within_the_peak(self, schedule: Schedule, steps: int) -> None:
-        rates = [learning_rate_at(step, steps, 1.0, schedule) for step in range(steps)]
-        assert all(0 < rate <= 1 for rate in rates)
 
 
 class TestLosses:

@@ -20,6 +20,19 @@ from safetensors.torch import load_file
 import fewshot_seg.training
 from episodes.sources import SyntheticSource
 from fewshot_seg.cli import main
+from fewshot_seg.config import (
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    PredictConfig,
+    SimilarityEvaluateConfig,
+    SimilarityExplainConfig,
+    SimilarityTrainConfig,
+    TrainConfig,
+    VerifyConfig,
+    settings_of,
+)
 
 TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random")
 SIZE = ("--resolution", "64")
@@ -338,6 +351,31 @@ class TestPredict:
         (tmp_path / "empty").mkdir()
         message = error_of("predict", "--support", support, "--query", str(tmp_path / "empty"))
         assert "folder holds no photos" in message
+
+
+@pytest.mark.parametrize(
+    ("verb", "config_class"),
+    [
+        ("demo", DemoConfig),
+        ("train", TrainConfig),
+        ("evaluate", EvaluateConfig),
+        ("explain", ExplainConfig),
+        ("predict", PredictConfig),
+        ("data verify", VerifyConfig),
+        ("similarity train", SimilarityTrainConfig),
+        ("similarity evaluate", SimilarityEvaluateConfig),
+        ("similarity explain", SimilarityExplainConfig),
+    ],
+)
+def test_help_names_every_setting(verb: str, config_class: type[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb.split(), "--help"])
+    assert stopped.value.code == 0
+    words = capsys.readouterr().out.split()
+    assert words[: 2 + len(verb.split())] == ["usage:", "fewshot-seg", *verb.split()]
+    assert {setting.flag for setting in settings_of(config_class)} | {"--config"} <= {
+        word.strip(",[]") for word in words
+    }
 
 
 def test_version_and_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ class TestEvaluatePriors:
     def test_signed_margin_equals_automatic_differentiation(
         self, segmenter: FewShotSegmenter, episodes: CachedEpisodes
     ) -> None:
-        signed, rectified = [], []
+        signed, rectified = list[tuple[float, float]](), list[tuple[float, float]]()
         for batch in episodes.batches(1):
             with torch.no_grad():
                 support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)

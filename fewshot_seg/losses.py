@@ -78,6 +78,7 @@ def attention_map_loss(attention: Tensor, foreground: Tensor, background: Tensor
     of_object = (attention * foreground).sum(1) / foreground.sum(1).clamp_min(1e-3)
     of_background = (attention * background).sum(1) / background.sum(1).clamp_min(1e-3)
     centred = attention - ((of_object + of_background) / 2)[:, None]
-    spread = attention.std(dim=1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny ** 0.5)
+    spread = attention.std(dim=1, keepdim=True) if attention.shape[1] > 1 else torch.zeros_like(attention)
+    spread = spread.clamp_min(torch.finfo(attention.dtype).tiny ** 0.5)
     both = ((foreground.sum(1) > 0) & (background.sum(1) > 0))[:, None]
     return balanced_map_loss(sharpness * centred / spread, foreground * both, background * both)

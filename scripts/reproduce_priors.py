@@ -38,7 +38,6 @@ STATES: dict[str, dict[str, Any] | None] = {
     "trained on the soft margin alone": {"maps": ("soft margin",)},
     "trained on the soft margin and its gradient": {"maps": ("soft margin", "soft margin gradient")},
     "trained on regions (multi-similarity)": {"map_weight": 0.0, "metric_weight": 1.0},
-    "trained on all maps + constraint (gamma 1)": {"constraint": 1.0},
 }
 """What the network was trained with, as changes of the default settings of `fewshot-seg similarity train`."""
 

@@ -149,12 +149,11 @@ def gradient_map(maps: Tensor, direction: Tensor) -> Tensor:
 def hand_mask(attention: Tensor, sharpness: float, threshold: float) -> Tensor:
     attention = attention.clamp_min(0)
     scaled = (attention - attention.min()) / (attention.max() - attention.min())
-    mask: Tensor = 1 / (1 + torch.exp(-sharpness * (scaled - threshold)))
-    return mask
+    return torch.exp(-sharpness * (scaled - threshold)).add(1).reciprocal()
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    return vector.div(vector.norm())
 
 
 def hand_masks(kind: str, triple: list[Tensor], sharpness: float, threshold: float) -> list[Tensor]:
@@ -388,6 +387,15 @@ def loop_soft_margin(query: Tensor, cells: Tensor, sides: list[list[float]], tem
     return margins
 
 
+def soft_margin_gradient(query: Tensor, cells: Tensor, sides: list[list[float]], temperature: float) -> list[float]:
+    """Element-wise gradient x activation of every cell's own soft margin, by automatic differentiation."""
+    leaf = query.clone().requires_grad_()
+    kernel = (leaf @ cells.T / temperature).exp()
+    log_sums = [(kernel @ kernel.new_tensor(weights)).log() for weights in sides]
+    (gradient,) = torch.autograd.grad((log_sums[0] - log_sums[1]).sum(), leaf)
+    return [float(value) for value in (gradient * query).sum(1)]
+
+
 def loop_map_loss(episodes: Episodes, kinds: list[MapKind]) -> float:
     support, total = episodes.support, 0.0
     objects, grounds = (side.flatten(1).tolist() for side in cell_weights(episodes.query_masks, (4, 4)))
@@ -399,10 +407,13 @@ def loop_map_loss(episodes: Episodes, kinds: list[MapKind]) -> float:
                 embeddings[number].detach().double()
                 for embeddings in (support.foreground_embedding, support.background_embedding)
             )
+            sides = [support.foreground[number].tolist(), support.background[number].tolist()]
+            cells, temperature = support.cells[number].detach().double(), episodes.segmenter.temperature
             if kind == "soft margin":
-                sides = [support.foreground[number].tolist(), support.background[number].tolist()]
-                cells = support.cells[number].detach().double()
-                shape = loop_soft_margin(maps.flatten(1).T, cells, sides, episodes.segmenter.temperature)
+                shape = loop_soft_margin(maps.flatten(1).T, cells, sides, temperature)
+            elif kind == "soft margin gradient":
+                values = soft_margin_gradient(maps.flatten(1).T, cells, sides, temperature)
+                shape = loop_shape(values, objects[number], grounds[number])
             else:
                 before = support.foreground_embedding[(number - 1) % 3].detach().double()
                 if kind == "quadruplet":

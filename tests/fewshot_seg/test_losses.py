@@ -233,3 +233,9 @@ class TestAttentionMapLoss:
         loss = attention_map_loss(attention, objects, 1 - objects)
         assert loss.item() == pytest.approx(2 * math.log(2))
         assert torch.autograd.grad(loss, attention)[0].isfinite().all()
+
+    def test_a_grid_of_one_cell_is_finite(self) -> None:
+        cell = torch.tensor([[3.0]], requires_grad=True)
+        loss = attention_map_loss(cell, torch.tensor([[0.25]]), torch.tensor([[0.75]]))
+        assert loss.item() == pytest.approx(2 * math.log(2))
+        assert torch.isfinite(torch.autograd.grad(loss, cell)[0]).all()

@@ -69,7 +69,11 @@ def render(source: Path, target: Path) -> None:
                 chosen = _select(of_data, task=task, metric=metric)
                 if chosen:
                     heading = f"### Maps alone: {metric}, {classes}, 1-shot"
-                    lines += ["", heading, "", _MAPS[metric], "", *_table(chosen)]
+                    lines += ["", heading, "", _MAPS[metric], "", *_map_table(chosen)]
+        for metric in ("AUC", "best-IoU"):
+            chosen = _select(of_data, task="prior", metric=metric)
+            if chosen:
+                lines += ["", f"### Maps alone: {metric}, novel classes, per fold", "", *_table(chosen)]
         retrieval = _select(of_data, task="retrieval")
         for protocol in sorted({record["protocol"] for record in retrieval}, reverse=True):
             lines += ["", f"### Retrieval and faithfulness of attention, {protocol}", "", _RETRIEVAL, ""]
@@ -126,6 +130,15 @@ def _table(records: Sequence[Record]) -> list[str]:
     rows = [f"| method | {' | '.join(heading)} |", f"|---|{'---|' * len(folds)}"]
     rows += [f"| {m} | {' | '.join(_cell(by_place.get((m, fold))) for fold in folds)} |" for m in methods]
     return rows
+
+
+def _map_table(records: Sequence[Record]) -> list[str]:
+    """Means over folds: one row a map, one column what the network was trained with (the method's last part)."""
+    means = {tuple(record["method"].rsplit(", ", 1)): record for record in _select(records, fold="mean")}
+    maps = dict.fromkeys(name for name, _ in means)
+    states = dict.fromkeys(state for _, state in means)
+    rows = [f"| map | {' | '.join(states)} |", f"|---|{'---|' * len(states)}"]
+    return rows + [f"| {m} | {' | '.join(_cell(means.get((m, state))) for state in states)} |" for m in maps]
 
 
 def _cell(record: Record | None) -> str:

@@ -178,7 +178,7 @@ def _record(classes: str, method: str, metric: str, values: Sequence[float]) -> 
     """Mean over seeds with the 95% interval of Student's t; the photos are the same for all seeds."""
     record: dict[str, Any] = {"protocol": classes, "method": method, "metric": metric}
     record |= {"value": statistics.mean(values), "seeds": list(range(len(values))), "episodes": None}
-    if len(values) > 1:
+    if len(values) > 2:  # two seeds give no interval worth printing
         half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
         record |= {"low": record["value"] - half, "high": record["value"] + half}
     return record

@@ -251,6 +251,45 @@ class TestTrainOnPhotos:
         assert (trained / NAME).read_bytes() == before
 
 
+def seen_batches(monkeypatch: pytest.MonkeyPatch, losses: str) -> list[Any]:
+    """The batches that the trainings of a test see."""
+    original, seen = getattr(fewshot_seg.similarity_training, losses), list[Any]()
+
+    def spy(trained: Any, batch: Any, **named: Any) -> Any:
+        seen.append(batch)
+        return original(trained, batch, **named)
+
+    monkeypatch.setattr(fewshot_seg.similarity_training, losses, spy)
+    return seen
+
+
+class TestWhatTrainingSees:
+    def test_photos(
+        self, train: Callable[..., int], photo_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = seen_batches(monkeypatch, "photo_losses")
+        assert train(tmp_path, "--held-out", "--classes", "4", "--steps", "3") == 0
+        classes = {Path(file).parts[:2] for batch in seen for file in batch.files}
+        kept, _ = split_labels(open_retrieval("folders", photo_folders).train)
+        assert classes == {("train", name) for name in kept.class_names}
+
+    @pytest.mark.parametrize(("more", "allowed"), [((), {1, 2, 11, 12, 16, 17}), (("--held-out",), {1, 2, 16, 17})])
+    def test_episodes(
+        self,
+        shared_voc: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        more: tuple[str, ...],
+        allowed: set[int],
+    ) -> None:
+        seen = seen_batches(monkeypatch, "episode_similarity_losses")
+        arguments = ("similarity", "train", *VOC, shared_voc, "--fold", "1", "--out", tmp_path, *TINY, *SIZE)
+        assert call(*arguments, "--steps", "3", "--batch-size", "8", *more) == 0
+        assert {class_id for batch in seen for class_id in batch.class_ids} == allowed
+        photos = {photo for batch in seen for spec in batch.specs for photo in (*spec.support_ids, spec.query_id)}
+        assert all(photo.startswith("trainaug_") for photo in photos)
+
+
 class TestRetrieval:
     @pytest.mark.parametrize("with_model", [True, False])
     def test_scores_equal_embeddings_by_hand(

@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mappin
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reverse of `write_tensors`. Raises DataError naming the file when missing, damaged or not ours."""
     if not path.is_file():
-        raise DataError(f"no model file at {path}; train one with `fewshot-seg train`")
+        raise DataError(f"no model file at {path}; train one with `fewshot-seg train` or `similarity train`")
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})[_KEY])

@@ -67,7 +67,9 @@ def _bare_prior(settings: ModelSettings, channel: str) -> tuple[FewShotSegmenter
     if settings.similarity is not None:
         loaded = load_similarity(settings.similarity, backbone_weights=settings.backbone_weights)
         segmenter = training_free(loaded.backbone, channel=channel, similarity=loaded.similarity)
-        return segmenter, f"{channel}, similarity {settings.similarity}", loaded.resolution, loaded.notes
+        # a network of labelled photos saw them small, which says nothing about the size for segmentation
+        resolution = loaded.resolution if "base_classes" in loaded.notes else None
+        return segmenter, f"{channel}, similarity {settings.similarity}", resolution, loaded.notes
     weights = settings.backbone_weights or EMBEDDED
     backbone = build_backbone(settings.backbone, strides=settings.strides, weights=weights)
     return training_free(backbone, channel=channel), f"{channel}, training-free", None, {}

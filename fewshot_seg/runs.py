@@ -112,7 +112,9 @@ def train_configured(
     Raises:
         DataError: a similarity network of another backbone, or one that was trained on novel classes.
     """
-    similarity = None if config.similarity is None else _read_similarity(config.similarity, data)
+    similarity = (
+        None if config.similarity is None else _read_similarity(config.similarity, data, config.backbone_weights)
+    )
     return train_fold(
         partial(new_segmenter, data.backbone, config, similarity),
         data,
@@ -135,8 +137,8 @@ def train_configured(
     )
 
 
-def _read_similarity(path: Path, data: FoldData) -> SimilarityNetwork:
-    loaded = load_similarity(path)
+def _read_similarity(path: Path, data: FoldData, backbone_weights: str) -> SimilarityNetwork:
+    loaded = load_similarity(path, backbone_weights=backbone_weights)
     if loaded.backbone.fingerprint != data.backbone.fingerprint:
         raise DataError(
             f"{path} was trained over {loaded.backbone.name} at strides {loaded.backbone.strides}, this run has "

@@ -68,7 +68,7 @@ def _bare_prior(settings: ModelSettings, channel: str) -> tuple[FewShotSegmenter
         loaded = load_similarity(settings.similarity, backbone_weights=settings.backbone_weights)
         segmenter = training_free(loaded.backbone, channel=channel, similarity=loaded.similarity)
         # a network of labelled photos saw them small, which says nothing about the size for segmentation
-        resolution = loaded.resolution if "base_classes" in loaded.notes else None
+        resolution = None if "labels" in loaded.notes else loaded.resolution
         return segmenter, f"{channel}, similarity {settings.similarity}", resolution, loaded.notes
     weights = settings.backbone_weights or EMBEDDED
     backbone = build_backbone(settings.backbone, strides=settings.strides, weights=weights)

@@ -28,9 +28,11 @@ from fewshot_seg.attention import ATTENTION_KINDS
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_similarity
 from fewshot_seg.cli import main
+from fewshot_seg.config import EvaluateConfig
 from fewshot_seg.embedding import ImageEmbedder
 from fewshot_seg.evaluation import evaluate_priors
 from fewshot_seg.experiment import evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.method import open_method
 from fewshot_seg.retrieval_metrics import reidentification_scores, retrieval_scores
 from fewshot_seg.segmenter import training_free
 from fewshot_seg.similarity import SimilarityNetwork
@@ -715,6 +717,10 @@ class TestPlugIn:
         evaluation = read(tmp_path / "evaluation.json")
         assert (evaluation["fold"], evaluation["threshold_origin"]) == (1, "chosen on base classes")
         assert evaluation["method"] == f"prototype margin, similarity {fold1}"
+
+    def test_a_network_of_labelled_photos_leaves_the_size_to_the_protocol(self, trained: Path, fold1: Path) -> None:
+        for network, resolution in ((trained / "similarity.safetensors", None), (fold1, 64)):
+            assert open_method(EvaluateConfig(data="synthetic", similarity=network)).resolution == resolution
 
     def test_explain(self, shared_voc: Path, fold1: Path, tmp_path: Path) -> None:
         arguments = ("explain", "--root", shared_voc, "--similarity", fold1, "--threshold", "0", "--count", "2")

@@ -96,6 +96,10 @@ class EpisodeTransform:
         tensor = torch.from_numpy(np.ascontiguousarray(moved.transpose(2, 0, 1))).float().div_(255)
         return tensor, torch.from_numpy(np.ascontiguousarray(label))
 
+    def photo(self, image: UInt8Array) -> Tensor:
+        """A photo that has no mask, with seed 0: uint8 (H, W, 3) -> float32 (3, S, S) in [0, 1]."""
+        return self(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0]
+
     def _apply(self, image: UInt8Array, mask: UInt8Array, seed: int) -> tuple[UInt8Array, UInt8Array]:
         if self._cropped is not None:
             wanted = float((mask == 1).mean()) / 2

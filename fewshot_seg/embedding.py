@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewshot_seg.attention import NEGATIVES_NEEDED, AttentionKind
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.embedding_attention import GradientAttention, SimilarityExplanation
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.similarity import SimilarityNetwork
 
@@ -59,3 +61,19 @@ def embed_photos(
             embeddings.append(similarity.embed(similarity(levels)).cpu())
             bar.update(len(embeddings[-1]))
     return torch.cat(embeddings)
+
+
+def explain_comparisons(
+    embedder: ImageEmbedder, photos: Sequence[Tensor], *, kind: AttentionKind
+) -> SimilarityExplanation:
+    """Attention of every photo of B comparisons at the network's last maps.
+
+    Args:
+        embedder: the model.
+        photos: anchor, positive and the negatives, float32 (B, 3, S, S) each; more negatives than `kind` compares
+            with are left out.
+        kind: form of the score.
+    """
+    anchor, positive, *negatives = photos
+    with GradientAttention(embedder, "similarity") as explain:
+        return explain(anchor, positive, negatives[: NEGATIVES_NEEDED[kind]], kind=kind)

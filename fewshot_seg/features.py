@@ -134,8 +134,7 @@ class FeatureStore:
     def _compute(self, image_ids: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         images = []
         for image_id in image_ids:
-            image = self._source.image(image_id)
-            images.append(self._transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
+            images.append(self._transform.photo(self._source.image(image_id)))
         device = next(self._backbone.parameters()).device
         levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
         # clone: a view would keep the whole batch in memory

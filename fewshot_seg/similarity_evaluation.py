@@ -16,9 +16,8 @@ from episodes.augment import EpisodeTransform
 from episodes.labelled import LabelledImages
 from episodes.reidentification import ReidentificationData
 from episodes.types import DataError
-from fewshot_seg.attention import NEGATIVES_NEEDED, AttentionKind
-from fewshot_seg.embedding import ImageEmbedder, embed_photos
-from fewshot_seg.embedding_attention import GradientAttention, SimilarityExplanation
+from fewshot_seg.attention import AttentionKind
+from fewshot_seg.embedding import ImageEmbedder, embed_photos, explain_comparisons
 from fewshot_seg.faithfulness import PerturbationMode, blurred, curve_area, perturbation_curve
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.retrieval_metrics import (
@@ -102,27 +101,7 @@ def draw_comparisons(images: LabelledImages, *, count: int, seed: int) -> list[C
 def read_squares(images: LabelledImages, positions: Sequence[int], *, size: int) -> Tensor:
     """Photos squashed to squares as the network sees them, float32 (N, 3, size, size), RGB in [0, 1]."""
     transform = EpisodeTransform("none", size)
-    squares = []
-    for position in positions:
-        image = images.image(images.files[position])
-        squares.append(transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
-    return torch.stack(squares)
-
-
-def explain_comparisons(
-    embedder: ImageEmbedder, photos: Sequence[Tensor], *, kind: AttentionKind
-) -> SimilarityExplanation:
-    """Attention of every photo of B comparisons at the network's last maps.
-
-    Args:
-        embedder: the model.
-        photos: anchor, positive and the negatives, float32 (B, 3, S, S) each; more negatives than `kind` compares
-            with are left out.
-        kind: form of the score.
-    """
-    anchor, positive, *negatives = photos
-    with GradientAttention(embedder, "similarity") as explain:
-        return explain(anchor, positive, negatives[: NEGATIVES_NEEDED[kind]], kind=kind)
+    return torch.stack([transform.photo(images.image(images.files[position])) for position in positions])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

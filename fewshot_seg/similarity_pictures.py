@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from episodes.augment import EpisodeTransform
 from episodes.types import DataError, UInt8Array
 from fewshot_seg.attention import NEGATIVES_NEEDED, AttentionKind
-from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.embedding_attention import GradientAttention
+from fewshot_seg.embedding import ImageEmbedder, explain_comparisons
 from fewshot_seg.pictures import Panel, overlay_map, panel_sheet
 
 _ROLES = ("anchor", "similar", "dissimilar", "second dissimilar")
@@ -46,9 +44,7 @@ def comparison_picture(
         raise DataError(f"attention kind {kind!r} compares {needed} photos, got {len(photos)}; add some")
     photos, transform = photos[:needed], EpisodeTransform("none", size)
     device = next(embedder.backbone.parameters()).device
-    squares = [transform(photo, np.zeros(photo.shape[:2], np.uint8), seed=0)[0][None].to(device) for photo in photos]
-    with GradientAttention(embedder, "similarity") as explain:
-        found = explain(squares[0], squares[1], squares[2:], kind=kind)
+    found = explain_comparisons(embedder, [transform.photo(photo)[None].to(device) for photo in photos], kind=kind)
     first, *others = found.embeddings
     maps = [found.anchor, found.positive, *found.negatives]
     names = [""] * len(photos) if labels is None else [f": {label}" for label in labels]

@@ -129,8 +129,7 @@ class PhotoBatches:
 
     def _photo(self, file: str) -> Tensor:
         assert self._transform is not None
-        image = self._images.image(file)
-        return self._transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0]
+        return self._transform.photo(self._images.image(file))
 
     def following(self, start: int) -> Iterator[PhotoBatch]:
         """Batches start, start + 1, ..."""

@@ -6,11 +6,13 @@ python scripts/render_results.py docs/results.json docs/results.md
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewshot_seg.runtime import atomic_path, read_json, write_json
+from fewshot_seg.runtime import atomic_path, git_commit, read_json, write_json
 
 Record = dict[str, Any]
 _IDENTITY = ("task", "data", "protocol", "fold", "shots", "support", "method", "metric")
@@ -27,6 +29,12 @@ def merge_records(path: Path, records: Sequence[Record], *, replace_tasks: Seque
     kept = [record for record in kept if (record["task"], record["data"]) not in replaced]
     merged = {tuple(str(record[key]) for key in _IDENTITY): record for record in [*kept, *records]}
     write_json(path, list(merged.values()))
+
+
+def provenance() -> Record:
+    """The command that is running, and the commit of the code that it runs."""
+    command = "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    return {"command": command, "commit": git_commit()}
 
 
 def fold_means(records: Sequence[Record]) -> list[Record]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from render_results import fold_means, merge_records, render
+from render_results import fold_means, merge_records, provenance, render
 
 from episodes.protocols import get_protocol
 from episodes.sources import VocSource
@@ -30,7 +28,8 @@ from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.evaluation import Decoder, Evaluation, choose_thresholds, evaluate_heads
 from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold, train_fold
 from fewshot_seg.priors import PRIOR_CHANNELS
-from fewshot_seg.runtime import git_commit, read_json, write_json
+from fewshot_seg.runs import benchmark_name
+from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 
 OURS = "ours: decoder on our prior maps"
@@ -60,14 +59,12 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         per_fold = list(pool.map(work, range(4)))
-    images = len(data.evaluation_index.image_ids)
     common = {
-        "data": "PASCAL-5i" if images == 1449 else f"PASCAL-5i/{images}",
+        "data": benchmark_name(data),
         "protocol": protocol.name,
         "support": "mask",
         "seeds": [protocol.seed],
-        "command": "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "commit": git_commit(),
+        **provenance(),
     }
     records = [common | record for fold in per_fold for record in fold]
     merge_records(arguments.results, [*records, *fold_means(records)])

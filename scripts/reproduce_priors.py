@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from render_results import fold_means, merge_records, render
+from render_results import fold_means, merge_records, provenance, render
 
 from episodes.protocols import get_protocol
 from episodes.sources import VocSource
@@ -28,7 +26,8 @@ from fewshot_seg.checkpoint import load_similarity
 from fewshot_seg.config import SimilarityTrainConfig
 from fewshot_seg.evaluation import evaluate_priors
 from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold
-from fewshot_seg.runtime import git_commit, pick_device, read_json, write_json
+from fewshot_seg.runs import benchmark_name
+from fewshot_seg.runtime import pick_device, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
 from fewshot_seg.similarity_runs import SIMILARITY_NAME, run_similarity_training
 
@@ -63,15 +62,13 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         found = list(pool.map(work, cells))
-    images = len(data.evaluation_index.image_ids)
     common = {
-        "data": "PASCAL-5i" if images == 1449 else f"PASCAL-5i/{images}",
+        "data": benchmark_name(data),
         "protocol": protocol.name,
         "support": "mask",
         "shots": 1,
         "seeds": [protocol.seed],
-        "command": "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "commit": git_commit(),
+        **provenance(),
     }
     records = [common | record for cell in found for record in cell]
     merge_records(arguments.results, [*records, *fold_means(records)], replace_tasks=("prior", "prior, held-out base"))

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from render_results import merge_records, render
+from render_results import merge_records, provenance, render
 from scipy import stats
 
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.config import SimilarityTrainConfig
 from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.runtime import git_commit, read_json, write_json
+from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.similarity import SimilarityNetwork
 from fewshot_seg.similarity_evaluation import draw_comparisons, evaluate_retrieval, pair_faithfulness
 from fewshot_seg.similarity_runs import PHOTO_SIZE, open_photos, open_store, photo_part, train_photos_configured
@@ -82,8 +80,7 @@ def main() -> None:
         "fold": None,
         "shots": None,
         "support": None,
-        "command": "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "commit": git_commit(),
+        **provenance(),
     }
     merge_records(arguments.results, [common | record for record in records], replace_tasks=("retrieval",))
     render(arguments.results, arguments.results.with_suffix(".md"))
@@ -117,7 +114,7 @@ def _cell(place: tuple[str, str, int], *, root: Path, out: Path, cache: Path, qu
             part = photo_part(data, "kept" if stage == "search" else "train")
             similarity, result = train_photos_configured(part, store, backbone, config)
             seconds = result.seconds
-        images = photo_part(data, "held-out") if stage == "search" else data.test  # type: ignore[union-attr]
+        images = photo_part(data, "held-out" if stage == "search" else "test")
         scores = {"training seconds": seconds}
         retrieved = evaluate_retrieval(similarity, store, images)
         scores |= {f"recall@{k}": score[0] for k, score in retrieved.recall.items()}

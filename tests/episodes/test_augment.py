@@ -152,3 +152,9 @@ def test_bad_arguments() -> None:
         EpisodeTransform("none", 32)(image, mask[:-1], seed=0)
     with pytest.raises(DataError, match=r"expected a uint8 image \(H, W, 3\), got float64"):
         EpisodeTransform("none", 32)(image / 255, mask, seed=0)
+
+
+def test_a_photo_without_a_mask_moves_like_one_with_it() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
+    transform = EpisodeTransform("none", 32)
+    assert torch.equal(transform.photo(image), transform(image, np.ones((40, 56), np.uint8), seed=7)[0])

@@ -18,7 +18,7 @@ from episodes.retrieval import open_retrieval
 from episodes.types import DataError
 from fewshot_seg.attention import ATTENTION_KINDS, AttentionKind, image_directions, similarity_attention
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.embedding import ImageEmbedder
+from fewshot_seg.embedding import ImageEmbedder, explain_comparisons
 from fewshot_seg.faithfulness import PerturbationMode, blurred, curve_area, perturbation_curve
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.retrieval_metrics import reidentification_scores, retrieval_scores
@@ -29,7 +29,6 @@ from fewshot_seg.similarity_evaluation import (
     draw_comparisons,
     evaluate_reidentification,
     evaluate_retrieval,
-    explain_comparisons,
     pair_faithfulness,
     read_squares,
 )

@@ -13,10 +13,9 @@ from episodes.types import DataError, UInt8Array
 from fewshot_seg import similarity_pictures
 from fewshot_seg.attention import ATTENTION_KINDS, AttentionKind
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.embedding import ImageEmbedder
+from fewshot_seg.embedding import ImageEmbedder, explain_comparisons
 from fewshot_seg.pictures import Panel, colour_map, overlay_map, panel_sheet
 from fewshot_seg.similarity import SimilarityNetwork
-from fewshot_seg.similarity_evaluation import explain_comparisons
 from fewshot_seg.similarity_pictures import comparison_picture
 
 SIZE = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ IGNORE = 255
 """Mask value of pixels that belong to neither foreground nor background and are never scored."""
 
 UInt8Array = npt.NDArray[np.uint8]
+
+SupportKind = Literal["mask", "box", "scribble", "point", "label"]
+"""How a support's object is marked: by all of its pixels, or by less; see `episodes.annotations`."""
+SUPPORT_KINDS: tuple[SupportKind, ...] = get_args(SupportKind)
 
 
 class DataError(ValueError):
@@ -122,7 +126,14 @@ class MaskSource(Protocol):
         ...
 
     def class_areas(self, image_id: str) -> Mapping[int, int]:
-        """Class id -> its number of pixels in this image, for the classes present."""
+        """Class id -> its number of pixels in this image, for the classes present, ascending."""
+        ...
+
+    def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
+        """Class id -> `mask`, for the classes present, ascending; reads the image's labels once.
+
+        The size is not compared with the photo's: this is what an index of thousands of masks reads.
+        """
         ...
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:

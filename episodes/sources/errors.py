@@ -15,6 +15,8 @@ ProblemKind = Literal[
     "rgb-mask",
     "empty-class",
     "empty-split",
+    "bad-annotation",
+    "unsafe-name",
 ]
 
 

@@ -132,6 +132,11 @@ class SyntheticSource:
         labels, counts = np.unique(self._labels(image_id), return_counts=True)
         return {int(label): int(count) for label, count in zip(labels, counts, strict=True) if label}
 
+    def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
+        """Class id -> mask of what is seen of it, ascending."""
+        labels = self._labels(image_id)
+        return {int(label): np.asarray(labels == label, dtype=np.uint8) for label in np.unique(labels) if label}
+
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """Hex digest of the parameters and ids: equal parameters give equal pictures."""
         return hashlib.sha256("\n".join([f"{_VERSION} {self!r}", *image_ids]).encode()).hexdigest()

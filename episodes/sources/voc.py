@@ -50,6 +50,12 @@ def _find_masks(root: Path, masks: str | None) -> str:
     )
 
 
+def _one_class(labels: UInt8Array, class_id: int) -> UInt8Array:
+    result: UInt8Array = (labels == class_id).astype(np.uint8)
+    result[labels == IGNORE] = IGNORE
+    return result
+
+
 @dataclass(frozen=True)
 class VocSource:
     """Images and masks of a VOC2012 folder.
@@ -133,13 +139,19 @@ class VocSource:
                 f"mask is {labels.shape[1]}x{labels.shape[0]}, photo {path.name} is {width}x{height} pixels",
                 "resize one to the other (nearest neighbour for the mask) or drop the id from the split",
             )
-        result: UInt8Array = (labels == class_id).astype(np.uint8)
-        result[labels == IGNORE] = IGNORE
-        return result
+        return _one_class(labels, class_id)
 
     def class_areas(self, image_id: str) -> Mapping[int, int]:
         """Class id -> pixels, ascending. Raises SourceError for a value that is no label."""
-        counts = np.bincount(self._labels(image_id).ravel(), minlength=256)
+        return self._areas(image_id, self._labels(image_id))
+
+    def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
+        """Class id -> mask, ascending, from one reading. Raises SourceError for a value that is no label."""
+        labels = self._labels(image_id)
+        return {class_id: _one_class(labels, class_id) for class_id in self._areas(image_id, labels)}
+
+    def _areas(self, image_id: str, labels: UInt8Array) -> dict[int, int]:
+        counts = np.bincount(labels.ravel(), minlength=256)
         present = [int(label) for label in np.flatnonzero(counts) if label not in (0, IGNORE)]
         unknown = [label for label in present if label not in VOC_CLASS_NAMES]
         if unknown:

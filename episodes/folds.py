@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from episodes.types import DataError
+from episodes.types import DataError, FoldedDataset
 
-FoldedDataset = Literal["pascal", "coco"]
 FOLDS = 4
 _CLASSES: dict[FoldedDataset, int] = {"pascal": 20, "coco": 80}
 

@@ -83,6 +83,10 @@ class EpisodeBatch:
         return len(self.specs)
 
 
+FoldedDataset = Literal["pascal", "coco"]
+"""Data sets whose classes the literature divides into four folds."""
+
+
 class PhotoSource(Protocol):
     """Photos by id: what features are computed from. Every `MaskSource` is one."""
 
@@ -113,6 +117,16 @@ class MaskSource(Protocol):
         """Class id -> name, background excluded, in ascending order of id."""
         ...
 
+    @property
+    def default_splits(self) -> tuple[str, str]:
+        """Names of the splits to train on and to be scored on; they may be the same."""
+        ...
+
+    @property
+    def folds(self) -> FoldedDataset | None:
+        """Whose class folds apply, or None when the data set has none."""
+        ...
+
     def ids(self, split: str) -> Sequence[str]:
         """Image ids of a split in the data set's own order. Raises DataError for an unknown split."""
         ...
@@ -138,4 +152,13 @@ class MaskSource(Protocol):
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """Hex digest that changes when an image or mask of these ids changes (path, size, mtime); fast."""
+        ...
+
+
+@runtime_checkable
+class WeaklyAnnotated(Protocol):
+    """A source with supports that somebody drew as boxes, scribbles or points, beside its masks or instead of them."""
+
+    def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:
+        """uint8 (H, W): 1 = object, 0 = known background, 255 = not known; None when nothing of this kind is drawn."""
         ...

@@ -22,7 +22,8 @@ class FeatureBatch:
 
     Attributes:
         support_levels: float32 (B*K, C, h, w) per level, episode by episode.
-        support_masks: uint8 (B, K, S, S).
+        support_masks: uint8 (B, K, S, S), 1 = object, 0 = background, 255 = ignored or not known.
+        support_dense: bool (B, K), whether the mask marks every pixel; False for boxes, scribbles, points, labels.
         query_levels: float32 (B, C, h, w) per level.
         query_masks: uint8 (B, S, S), 255 = ignore.
         specs: the episodes.
@@ -30,6 +31,7 @@ class FeatureBatch:
 
     support_levels: tuple[Tensor, ...]
     support_masks: Tensor
+    support_dense: Tensor
     query_levels: tuple[Tensor, ...]
     query_masks: Tensor
     specs: tuple[EpisodeSpec, ...]
@@ -45,6 +47,7 @@ class FeatureBatch:
             self,
             support_levels=tuple(level.to(device) for level in self.support_levels),
             support_masks=self.support_masks.to(device),
+            support_dense=self.support_dense.to(device),
             query_levels=tuple(level.to(device) for level in self.query_levels),
             query_masks=self.query_masks.to(device),
         )
@@ -105,6 +108,7 @@ class CachedEpisodes:
         return FeatureBatch(
             support_levels=support_levels,
             support_masks=support_masks.reshape(len(specs), shots, *support_masks.shape[1:]),
+            support_dense=torch.ones(len(specs), shots, dtype=torch.bool),
             query_levels=query_levels,
             query_masks=query_masks,
             specs=specs,
@@ -133,6 +137,7 @@ class LiveEpisodes:
             yield FeatureBatch(
                 support_levels=self._backbone(batch.support_images.flatten(0, 1).to(device)),
                 support_masks=batch.support_masks,
+                support_dense=torch.ones(batch.support_masks.shape[:2], dtype=torch.bool),
                 query_levels=self._backbone(batch.query_images.to(device)),
                 query_masks=batch.query_masks,
                 specs=batch.specs,

@@ -157,12 +157,17 @@ class FewShotSegmenter(nn.Module):
             )
         return self.encode_support_levels(self.backbone(images.flatten(0, 1)), masks)
 
-    def encode_support_levels(self, levels: Sequence[Tensor], masks: Tensor) -> SupportEncoding:
+    def encode_support_levels(
+        self, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
+    ) -> SupportEncoding:
         """As `encode_support`, from frozen features float (B*K, C, h, w) per level."""
-        return self.encode_support_maps(self.similarity(levels), levels, masks)
+        return self.encode_support_maps(self.similarity(levels), levels, masks, dense)
 
-    def encode_support_maps(self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor) -> SupportEncoding:
+    def encode_support_maps(
+        self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
+    ) -> SupportEncoding:
         """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
+        del dense  # TODO
         batch, shots = masks.shape[:2]
         if not bool((masks == 1).flatten(1).any(dim=1).all()):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")

@@ -82,6 +82,16 @@ class SyntheticSource:
         return "synthetic"
 
     @property
+    def default_splits(self) -> tuple[str, str]:
+        """``train`` and ``val``."""
+        return "train", "val"
+
+    @property
+    def folds(self) -> None:
+        """None: each split has classes of its own."""
+        return None
+
+    @property
     def class_names(self) -> Mapping[int, str]:
         """Class id -> texture and shape, for example ``striped star``; base classes first."""
         order = np.random.default_rng([self.seed, 1]).permutation(len(_LOOKS))

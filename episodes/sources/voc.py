@@ -13,7 +13,7 @@ import numpy as np
 
 from episodes.sources.decoding import missing_file, opened
 from episodes.sources.errors import SourceError
-from episodes.types import IGNORE, DataError, UInt8Array
+from episodes.types import IGNORE, DataError, FoldedDataset, UInt8Array
 
 _NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle"),
@@ -88,6 +88,16 @@ class VocSource:
     def class_names(self) -> Mapping[int, str]:
         """The twenty classes of VOC by label value."""
         return VOC_CLASS_NAMES
+
+    @property
+    def default_splits(self) -> tuple[str, str]:
+        """``trainaug`` (VOC train and SBD, without val) and ``val``."""
+        return "trainaug", "val"
+
+    @property
+    def folds(self) -> FoldedDataset:
+        """PASCAL-5i."""
+        return "pascal"
 
     def split_file(self, split: str) -> Path:
         """The list of a split's image ids."""

@@ -220,6 +220,7 @@ class Planted:
         return FeatureBatch(
             support_levels=tuple(levels),
             support_masks=masks[:, None],
+            support_dense=torch.ones(len(numbers), 1, dtype=torch.bool),
             query_levels=tuple(levels),
             query_masks=masks,
             specs=specs,

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,9 @@ from tqdm import tqdm
 from episodes.types import DataError, MaskSource, UInt8Array
 
 _FORMAT = 1
+_CHUNK = 32
+"""Images that a worker reads at a time; progress moves in these steps."""
+_MOST_WORKERS = 8
 GRID_STEP = 32
 """Distance of the grid points in pixels of a photo at VOC's full size."""
 GRID_LONG_SIDE = 500
@@ -97,56 +101,109 @@ def count_grid_points(mask: UInt8Array, scale: float = 1.0) -> int:
 
 
 def build_index(
-    source: MaskSource, split: str, *, cache_dir: Path | None = None, show_progress: bool = False
+    source: MaskSource,
+    split: str,
+    *,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    show_progress: bool = False,
 ) -> ClassIndex:
     """Index of a split; read from `cache_dir` when that still matches the data.
+
+    Each image's labels are decoded once. Workers are threads: decoding and counting leave Python's lock, and
+    processes would spend longer starting (every one imports torch) than reading takes.
 
     Args:
         source: the data set; its `repr` and `split` name the stored file.
         split: name of the split.
         cache_dir: folder for the stored index, created when missing; None stores nothing.
+        workers: threads that read masks; by default one per core, at most 8. The index does not depend on it.
         show_progress: a progress bar on stderr while masks are read.
 
     Raises:
-        DataError: an empty split, or whatever the source finds wrong with a file.
+        DataError: an empty split, workers < 1, or whatever the source finds wrong with a file (the first one in
+            the order of the split).
     """
+    if workers is None:
+        workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    if workers < 1:
+        raise DataError(f"the number of workers that read masks must be at least 1, got {workers}")
     image_ids = tuple(source.ids(split))
     if not image_ids:
         raise DataError(f"split {split!r} of {source.name} lists no images; name a split that does")
     fingerprint = source.fingerprint(image_ids)
     if cache_dir is None:
-        return _read_masks(source, image_ids, fingerprint, show_progress)
+        return _read_masks(source, image_ids, fingerprint, workers, show_progress)
     key = hashlib.sha256(f"{source!r} {split}".encode()).hexdigest()[:12]
     path = Path(cache_dir) / f"index-{source.name}-{split}-{key}.json"
     stored = _load(path, image_ids, fingerprint)
     if stored is not None:
         return stored
-    index = _read_masks(source, image_ids, fingerprint, show_progress)
+    index = _read_masks(source, image_ids, fingerprint, workers, show_progress)
     _store(path, index)
     return index
 
 
-def _read_masks(source: MaskSource, image_ids: tuple[str, ...], fingerprint: str, show_progress: bool) -> ClassIndex:
-    areas: dict[str, dict[int, int]] = {}
-    long_sides: dict[str, int] = {}
-    as_original: dict[str, dict[int, int]] = {}
-    as_reduced: dict[str, dict[int, int]] = {}
-    for image_id in tqdm(image_ids, desc="index", unit="image", disable=not show_progress):
-        areas[image_id] = dict(source.class_areas(image_id))
-        masks = {class_id: source.mask(image_id, class_id) for class_id in areas[image_id]}
-        side = max((max(mask.shape) for mask in masks.values()), default=0)
-        long_sides[image_id] = side
-        as_original[image_id] = {class_id: count_grid_points(mask) for class_id, mask in masks.items()}
-        as_reduced[image_id] = {
-            class_id: count_grid_points(mask, min(1.0, side / GRID_LONG_SIDE)) for class_id, mask in masks.items()
-        }
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Of one image: longest side of its masks (0 without a class), and per class area and grid points.
+
+    The points are counted twice: as if the image had its original size, and as if its long side stood for
+    `GRID_LONG_SIDE`; which of them holds is known when all images have been read.
+    """
+
+    long_side: int
+    areas: dict[int, int]
+    as_original: dict[int, int]
+    as_reduced: dict[int, int]
+
+
+def _count(source: MaskSource, image_id: str) -> _Counted:
+    masks = source.class_masks(image_id)
+    side = max((max(mask.shape) for mask in masks.values()), default=0)
+    as_original = {class_id: count_grid_points(mask) for class_id, mask in masks.items()}
+    scale = min(1.0, side / GRID_LONG_SIDE)
+    return _Counted(
+        long_side=side,
+        areas={class_id: int(np.count_nonzero(mask == 1)) for class_id, mask in masks.items()},
+        as_original=as_original,
+        as_reduced=as_original
+        if scale == 1
+        else {class_id: count_grid_points(mask, scale) for class_id, mask in masks.items()},
+    )
+
+
+def _count_all(source: MaskSource, image_ids: Sequence[str], workers: int) -> Iterator[list[_Counted]]:
+    """Counts of all images in order, a chunk at a time; the first image in error raises its error."""
+
+    def read(first: int) -> list[_Counted]:
+        return [_count(source, image_id) for image_id in image_ids[first : first + _CHUNK]]
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
+        yield from pool.map(read, range(0, len(image_ids), _CHUNK))
+
+
+def _read_masks(
+    source: MaskSource, image_ids: tuple[str, ...], fingerprint: str, workers: int, show_progress: bool
+) -> ClassIndex:
+    found_all: list[_Counted] = []
+    with tqdm(total=len(image_ids), desc="index", unit="image", disable=not show_progress) as bar:
+        for chunk in _count_all(source, image_ids, workers):
+            found_all.extend(chunk)
+            bar.update(len(chunk))
+    counted = dict(zip(image_ids, found_all, strict=True))
     # A copy of VOC whose longest photo is short of 500 pixels was reduced: then its largest photos stand for
     # 500 pixels each, and the ones below that length were small from the start and left as they were.
-    longest = max(long_sides.values())
-    grid_points = {
-        image_id: (as_reduced if long_sides[image_id] == longest else as_original)[image_id] for image_id in image_ids
-    }
-    return ClassIndex(image_ids=image_ids, areas=areas, grid_points=grid_points, fingerprint=fingerprint)
+    longest = max(found.long_side for found in counted.values())
+    return ClassIndex(
+        image_ids=image_ids,
+        areas={image_id: found.areas for image_id, found in counted.items()},
+        grid_points={
+            image_id: found.as_reduced if found.long_side == longest else found.as_original
+            for image_id, found in counted.items()
+        },
+        fingerprint=fingerprint,
+    )
 
 
 def _store(path: Path, index: ClassIndex) -> None:

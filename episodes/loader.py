@@ -7,10 +7,26 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform
-from episodes.types import DataError, EpisodeBatch, EpisodeSpec, MaskSource
+from episodes.types import IGNORE, SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, MaskSource, SupportKind
+
+
+def support_kinds(spec: EpisodeSpec, kinds: Sequence[SupportKind]) -> tuple[SupportKind, ...]:
+    """How each of an episode's K supports is marked: one of `kinds`, drawn by the episode's seed if there are several.
+
+    Raises:
+        DataError: no kind.
+    """
+    if not kinds:
+        raise DataError(f"supports must be marked somehow: name at least one of {', '.join(SUPPORT_KINDS)}")
+    if len(kinds) == 1:
+        return (kinds[0],) * spec.shots
+    drawn = np.random.default_rng([spec.seed, 3]).integers(len(kinds), size=spec.shots)
+    return tuple(kinds[k] for k in drawn.tolist())
 
 
 class EpisodeDataset(Dataset[EpisodeBatch]):
@@ -21,6 +37,8 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
         sampler: the specs, usually an `EpisodeSampler`.
         support_transform: applied to every support.
         query_transform: applied to the query; of the same size.
+        supports: how supports are marked; of several, each support gets one by the episode's seed. Marks are derived
+            from the mask as it is after the transform (`episodes.annotations`).
 
     Raises:
         DataError: the two transforms give different sizes.
@@ -32,6 +50,8 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
         sampler: Sequence[EpisodeSpec],
         support_transform: EpisodeTransform,
         query_transform: EpisodeTransform,
+        *,
+        supports: Sequence[SupportKind] = ("mask",),
     ) -> None:
         if support_transform.size != query_transform.size:
             raise DataError(
@@ -39,6 +59,7 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             )
         self._source, self._sampler = source, sampler
         self._support_transform, self._query_transform = support_transform, query_transform
+        self._supports = tuple(supports)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -54,9 +75,13 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             self._support_transform(self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed)
             for image_id, seed in zip(spec.support_ids, seeds[1:], strict=True)
         ]
+        kinds = support_kinds(spec, self._supports)
+        marks = [_marked(mask, kind) for (_, mask), kind in zip(supports, kinds, strict=True)]
         return EpisodeBatch(
             support_images=torch.stack([image for image, _ in supports])[None],
-            support_masks=torch.stack([mask for _, mask in supports])[None],
+            support_masks=torch.stack(marks)[None],
+            support_dense=torch.tensor([[kind == "mask" for kind in kinds]]),
+            support_truth=torch.stack([mask for _, mask in supports])[None],
             query_images=query[None],
             query_masks=query_mask[None],
             class_ids=torch.tensor([spec.class_id]),
@@ -64,11 +89,19 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
         )
 
 
+def _marked(mask: Tensor, kind: SupportKind) -> Tensor:
+    if kind == "mask" or not bool((mask == 1).any()):  # a crop may have lost the object: then nothing is known
+        return mask if kind == "mask" else torch.full_like(mask, IGNORE)
+    return torch.from_numpy(derive_annotation(mask.numpy(), kind))
+
+
 def collate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
     """One batch from several of equal shots and size, in order."""
     return EpisodeBatch(
         support_images=torch.cat([batch.support_images for batch in batches]),
         support_masks=torch.cat([batch.support_masks for batch in batches]),
+        support_dense=torch.cat([batch.support_dense for batch in batches]),
+        support_truth=torch.cat([batch.support_truth for batch in batches]),
         query_images=torch.cat([batch.query_images for batch in batches]),
         query_masks=torch.cat([batch.query_masks for batch in batches]),
         class_ids=torch.cat([batch.class_ids for batch in batches]),

@@ -65,7 +65,10 @@ class EpisodeBatch:
 
     Attributes:
         support_images: float32 (B, K, 3, H, W), RGB in [0, 1]; the backbone normalises, not the loader.
-        support_masks: uint8 (B, K, H, W), 1 = foreground, 0 = background, 255 = ignore.
+        support_masks: uint8 (B, K, H, W), 1 = foreground, 0 = background, 255 = ignored, or not known where the
+            support is marked by less than a mask.
+        support_dense: bool (B, K), whether the support is marked by a mask.
+        support_truth: uint8 (B, K, H, W), the masks, whatever the supports are marked by.
         query_images: float32 (B, 3, H, W).
         query_masks: uint8 (B, H, W), same values as the support masks.
         class_ids: int64 (B,).
@@ -74,6 +77,8 @@ class EpisodeBatch:
 
     support_images: Tensor
     support_masks: Tensor
+    support_dense: Tensor
+    support_truth: Tensor
     query_images: Tensor
     query_masks: Tensor
     class_ids: Tensor

@@ -1,7 +1,8 @@
 """Models and training states as safetensors files that describe themselves; no pickle.
 
-A model file holds the similarity network and the decoder. The backbone is frozen and is not stored: its name,
-strides and fingerprint are, and loading fails when the weights at hand are others.
+A model file holds the similarity network, the decoder, and the completion of weak supports if it was trained. The
+backbone is frozen and is not stored: its name, strides and fingerprint are, and loading fails when the weights at hand
+are others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
+from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -66,18 +68,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
-    """Tensors of the similarity network and the decoder, by qualified name."""
+    """Tensors of the similarity network, the decoder and the completion (if any), by qualified name."""
     return {
         f"{part}.{name}": tensor
-        for part in ("similarity", "decoder")
+        for part in _parts(segmenter)
         for name, tensor in getattr(segmenter, part).state_dict().items()
     }
+
+
+def _parts(segmenter: FewShotSegmenter) -> tuple[str, ...]:
+    return ("similarity", "decoder") if segmenter.completion is None else ("similarity", "decoder", "completion")
 
 
 def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tensor], *, where: Path) -> None:
     """Put `trained_tensors` back. Raises DataError naming the file when names or shapes differ."""
     _check_fit(trained_tensors(segmenter), tensors, where)
-    for part in ("similarity", "decoder"):
+    for part in _parts(segmenter):
         load_part(getattr(segmenter, part), tensors, prefix=f"{part}.", where=where)
 
 
@@ -124,6 +130,7 @@ def save_segmenter(
         **_describe_backbone(segmenter.backbone, backbone_weights),
         "similarity_rank": segmenter.similarity.rank,
         "decoder": decoder.description(),
+        "completion": None if segmenter.completion is None else segmenter.completion.description(),
         "prior": segmenter.prior,
         "attention": segmenter.attention,
         "threshold": segmenter.threshold,
@@ -152,6 +159,7 @@ def load_segmenter(
         raise DataError(f"{path} holds a similarity network alone, without a decoder; give it with --similarity")
     try:
         backbone = _backbone_of(description, backbone_weights, path)
+        completion = description.get("completion")
         decoder_kind = PriorReadout if "channel" in description["decoder"] else MaskDecoder
         segmenter = FewShotSegmenter(
             backbone=backbone,
@@ -161,6 +169,7 @@ def load_segmenter(
             attention=description["attention"],
             threshold=description["threshold"],
             temperature=description["temperature"],
+            completion=None if completion is None else SupportCompletion(**completion),
         )
         resolution, notes = int(description["resolution"]), dict(description["notes"])
     except DataError:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import commands, similarity_commands
+from fewshot_seg import commands, data_commands, similarity_commands
 from fewshot_seg.config import (
     Config,
     DemoConfig,
+    EpisodesConfig,
     EvaluateConfig,
     ExplainConfig,
     PredictConfig,
+    PrepareConfig,
     Setting,
+    ShowConfig,
     SimilarityEvaluateConfig,
     SimilarityExplainConfig,
     SimilarityTrainConfig,
@@ -43,7 +46,20 @@ _VERBS: dict[str, _Verb] = {
 _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "data": (
         "look after a data set",
-        {"verify": (VerifyConfig, commands.data_verify, "list every problem of a data set by file")},
+        {
+            "prepare": (
+                PrepareConfig,
+                data_commands.data_prepare,
+                "fetch, check and unpack VOC (with SBD), COCO, FSS-1000",
+            ),
+            "verify": (VerifyConfig, data_commands.data_verify, "list every problem of a data set by file"),
+            "episodes": (
+                EpisodesConfig,
+                data_commands.data_episodes,
+                "write the exact episodes of a protocol and fold, which `evaluate --episodes` replays",
+            ),
+            "show": (ShowConfig, data_commands.data_show, "draw what the network sees: augmented supports and queries"),
+        },
     ),
     "similarity": (
         "the similarity network alone: retrieval, re-identification, attention maps",
@@ -99,7 +115,11 @@ def _add_verb(verbs: Any, name: str, verb: _Verb) -> None:
     parser.set_defaults(config_class=config_class, command=command)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
     for setting in settings_of(config_class):
-        parser.add_argument(setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_options(setting))
+        if setting.positional:  # also optional for argparse: the line for a missing one is the configuration's
+            options = _options(setting) | {"nargs": "?"}
+            parser.add_argument(setting.name, default=argparse.SUPPRESS, **options)
+        else:
+            parser.add_argument(setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_options(setting))
 
 
 def _options(setting: Setting) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from episodes.types import DataError
-from episodes.verify import verify
+from episodes.episode_files import check_episodes, fingerprint_episodes, read_episodes
+from episodes.fold_lists import evaluation_specs, left_out_classes
 from fewshot_seg.config import (
     DemoConfig,
     EpisodeSettings,
@@ -13,25 +14,24 @@ from fewshot_seg.config import (
     ExplainConfig,
     PredictConfig,
     TrainConfig,
-    VerifyConfig,
 )
 from fewshot_seg.demo import run_demo, score_table
-from fewshot_seg.evaluation import evaluate
-from fewshot_seg.experiment import FoldData, evaluation_episodes, evaluation_specs
+from fewshot_seg.evaluation import Evaluation, evaluate
 from fewshot_seg.explanation import write_explanations
-from fewshot_seg.method import open_method, open_on_data
+from fewshot_seg.fold_data import FoldData, stored_episodes
+from fewshot_seg.method import open_method, open_on_data, take_usual_threshold
 from fewshot_seg.metrics import IoUResult
+from fewshot_seg.n_way import NWayEvaluation, evaluate_n_way
 from fewshot_seg.photos import find_queries, read_support
 from fewshot_seg.prediction import Predictor, predict_folder
-from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
 from fewshot_seg.runs import (
     MODEL_NAME,
     RUN_NAME,
     benchmark_name,
+    check_novel,
     episode_records,
-    open_protocol,
-    open_source,
+    of_episodes,
     run_record,
     run_training,
     score_record,
@@ -39,7 +39,6 @@ from fewshot_seg.runs import (
 from fewshot_seg.runtime import environment, pick_device, write_json
 
 _PREDICT_SIZE = 400
-_PREDICT_THRESHOLD = 0.5  # of the bare soft margin: best on held-out base classes (scripts/choose_temperature.py)
 
 
 def demo(config: DemoConfig) -> int:
@@ -49,20 +48,6 @@ def demo(config: DemoConfig) -> int:
     print(text_table(score_table(result.scores)))
     print(f"\npictures and figures: {result.page.resolve()}")
     return 0
-
-
-def data_verify(config: VerifyConfig) -> int:
-    """List every problem of a data set; 1 if there are any."""
-    source = open_source(config)
-    protocol = open_protocol(config, source)
-    problems = []
-    for split in config.splits or (protocol.training_split, protocol.evaluation_split):
-        found = verify(source, split)
-        print(f"{split}: {len(source.ids(split))} images, {len(found)} problems")
-        problems += found
-    for problem in problems:
-        print(problem)
-    return 1 if problems else 0
 
 
 def train(config: TrainConfig) -> int:
@@ -77,47 +62,81 @@ def train(config: TrainConfig) -> int:
 
 def evaluate_method(config: EvaluateConfig) -> int:
     """Score a model or a prior map on the novel classes."""
+    listed = None if config.episodes is None else read_episodes(config.episodes)
+    if listed is not None:
+        config = of_episodes(config, listed)
     method, data = open_on_data(config, show_progress=True)
-    evaluation = evaluate(
-        method.segmenter,
-        evaluation_episodes(data, shots=config.shots, count=config.episodes, seed=config.seed, show_progress=True),
-        scoring_size=data.protocol.scoring_size if config.scoring == "protocol" else None,
-        source=data.source,
-        batch_size=config.batch_size,
-        show_progress=True,
-    )
+    if listed is None:
+        specs = evaluation_specs(data, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways)
+        repeats = data.protocol.repeats
+    else:
+        check_episodes(listed, data.source, str(data.protocol.evaluation_split))
+        check_novel(listed, data)
+        specs, repeats = listed.specs, len(listed.seeds)
+    rule = data.protocol.shot_rule if config.shot_rule == "protocol" else config.shot_rule
+    arguments: dict[str, Any] = {
+        "scoring_size": data.protocol.scoring_size if config.scoring == "protocol" else None,
+        "source": data.source,
+        "fit": data.protocol.fit,
+        "shot_rule": rule,
+        "repeats": repeats,
+        "batch_size": max(1, config.batch_size // config.ways),
+        "show_progress": True,
+    }
+    episodes = stored_episodes(data, specs, support=config.support, show_progress=True)
+    evaluation: Evaluation | NWayEvaluation
+    if config.ways == 1:
+        evaluation = evaluate(method.segmenter, episodes, **arguments)
+    else:
+        evaluation = evaluate_n_way(method.segmenter, episodes, ways=config.ways, **arguments)
+    left_out = () if listed is not None else left_out_classes(data, shots=config.shots)
     results = {
         "benchmark": benchmark_name(data),
         "protocol": data.protocol.name,
         "scoring": config.scoring,
         "fold": data.fold,
         "shots": config.shots,
+        "ways": config.ways,
+        "support": config.support,
+        "shot_rule": rule,
         "method": method.name,
         "threshold": method.segmenter.threshold,
         "threshold_origin": method.threshold_origin,
+        "episodes_fingerprint": fingerprint_episodes(specs),
+        "left_out": [data.source.class_names[class_id] for class_id in left_out],
         "seconds": evaluation.seconds,
         **score_record(evaluation.result, data.source.class_names),
+        "repeats": [one.miou for one in evaluation.repeats],
     }
     write_json(config.out / "evaluation.json", results | {"episodes": episode_records(evaluation)})
     write_json(config.out / RUN_NAME, run_record("evaluate", config, data) | {"results": results})
-    scoring = ", scored at original size" if config.scoring == "original" else ""
-    print(f"{_title(config, data)}, protocol {data.protocol.name}{scoring}: {method.name}\n")
-    print(text_table(_class_table(evaluation.result, data)))
-    print(f"\n{evaluation.result.episodes} episodes, threshold {results['threshold']:.3f} {method.threshold_origin}")
-    print(f"per episode: {config.out / 'evaluation.json'}")
+    _print_scores(config, data, evaluation.result, results)
     return 0
+
+
+def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, results: dict[str, Any]) -> None:
+    scoring = ", scored at original size" if config.scoring == "original" else ""
+    print(f"{_title(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
+    print(text_table(_class_table(result, data)))
+    print(f"\n{result.episodes} episodes, threshold {results['threshold']:.3f} {results['threshold_origin']}")
+    if results["left_out"]:
+        print(f"left out, with too few images for {config.shots} shot(s): {', '.join(results['left_out'])}")
+    print(f"per episode: {config.out / 'evaluation.json'}")
 
 
 def _title(config: EpisodeSettings, data: FoldData) -> str:
     fold = "" if data.fold is None else f", fold {data.fold}"
-    return f"{benchmark_name(data)}{fold}, {config.shots}-shot"
+    ways = f"{config.ways}-way " if isinstance(config, EvaluateConfig) and config.ways > 1 else ""
+    support = "" if config.support == "mask" else f", supports marked by {config.support}"
+    return f"{benchmark_name(data)}{fold}, {ways}{config.shots}-shot{support}"
 
 
 def _class_table(result: IoUResult, data: FoldData) -> Table:
     names = data.source.class_names
     rows = [[names[class_id], f"{iou:.1f}", ""] for class_id, iou in result.per_class.items()]
     rows.append(["mIoU", f"{result.miou:.1f}", f"{result.miou_low:.1f} - {result.miou_high:.1f}"])
-    rows.append(["FB-IoU", f"{result.fb_iou:.1f}", f"{result.fb_iou_low:.1f} - {result.fb_iou_high:.1f}"])
+    if data.protocol.reports_fb_iou:
+        rows.append(["FB-IoU", f"{result.fb_iou:.1f}", f"{result.fb_iou_low:.1f} - {result.fb_iou_high:.1f}"])
     return Table(header=["class", "IoU %", "95% interval"], rows=rows)
 
 
@@ -151,11 +170,11 @@ def predict(config: PredictConfig) -> int:
     supports = [read_support(pair) for pair in config.support]
     method = open_method(config)
     if not method.threshold_origin:
-        if config.prior_map not in (None, PRIOR_CHANNELS[0]):
-            raise DataError(f"--prior-map {config.prior_map!r} has no threshold of its own; give one with --threshold")
-        method.segmenter.threshold = _PREDICT_THRESHOLD
+        method = take_usual_threshold(method, config)
     predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE)
-    predictor.remember([photo for photo, _ in supports], [mask for _, mask in supports])
+    predictor.remember(
+        [one.photo for one in supports], [one.marks for one in supports], [one.kind == "mask" for one in supports]
+    )
     result = predict_folder(predictor, queries, config.out, show_progress=True)
     record = {
         "verb": "predict",

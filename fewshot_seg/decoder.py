@@ -34,13 +34,16 @@ class PriorReadout(nn.Module):
         return scale_map(chosen.relu()) if self.scaled else chosen
 
 
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+class ConvolutionBlock(nn.Module):
+    """Convolution that keeps the size, group normalisation, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int = 1) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation)
         self.normalisation = nn.GroupNorm(8, outputs)  # batch statistics would tie the episodes of a batch together
 
     def forward(self, maps: Tensor) -> Tensor:
+        """float (B, inputs, h, w) -> (B, outputs, h, w)."""
         normalised: Tensor = self.normalisation(self.convolution(maps))
         return F.relu(normalised)
 
@@ -98,10 +101,10 @@ class MaskDecoder(nn.Module):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
             if appearance:
                 self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
-            self.entry = _Block(prior_channels + 2 * appearance, width, 1)
-            self.blocks = nn.ModuleList(_Block(width, width, 3) for _ in range(blocks))
+            self.entry = ConvolutionBlock(prior_channels + 2 * appearance, width, 1)
+            self.blocks = nn.ModuleList(ConvolutionBlock(width, width, 3) for _ in range(blocks))
             self.dropout = nn.Dropout2d(dropout)
-            self.refine = _Block(width, width, 3)
+            self.refine = ConvolutionBlock(width, width, 3)
             self.exit = nn.Conv2d(width, 1, 1)
         nn.init.zeros_(self.exit.weight)
         nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]  # a convolution with bias

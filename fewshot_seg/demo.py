@@ -5,22 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from episodes.fold_lists import evaluation_specs, protocol_for
 from episodes.protocols import get_protocol
 from episodes.sources import SyntheticSource
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.config import DemoConfig, TrainConfig
 from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.evaluation import Decoder, choose_thresholds, evaluate, evaluate_heads
-from fewshot_seg.experiment import (
-    FoldData,
-    evaluation_episodes,
-    evaluation_specs,
-    held_out_episodes,
-    open_fold,
-    protocol_for,
-)
+from fewshot_seg.episode_logits import Decoder
+from fewshot_seg.evaluation import choose_thresholds, evaluate, evaluate_heads
 from fewshot_seg.explanation import WrittenExplanation, write_explanations
 from fewshot_seg.feature_episodes import FeatureEpisodes
+from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.report import Figure, Section, Table, write_page

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.loader import EpisodeDataset, episode_loader
-from episodes.types import DataError, EpisodeSpec
+from episodes.loader import EpisodeDataset, episode_loader, support_kinds
+from episodes.types import DataError, EpisodeSpec, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
 
@@ -24,6 +24,7 @@ class FeatureBatch:
         support_levels: float32 (B*K, C, h, w) per level, episode by episode.
         support_masks: uint8 (B, K, S, S), 1 = object, 0 = background, 255 = ignored or not known.
         support_dense: bool (B, K), whether the mask marks every pixel; False for boxes, scribbles, points, labels.
+        support_truth: uint8 (B, K, S, S), the masks behind weaker supports; what their completion is trained with.
         query_levels: float32 (B, C, h, w) per level.
         query_masks: uint8 (B, S, S), 255 = ignore.
         specs: the episodes.
@@ -32,6 +33,7 @@ class FeatureBatch:
     support_levels: tuple[Tensor, ...]
     support_masks: Tensor
     support_dense: Tensor
+    support_truth: Tensor
     query_levels: tuple[Tensor, ...]
     query_masks: Tensor
     specs: tuple[EpisodeSpec, ...]
@@ -48,6 +50,7 @@ class FeatureBatch:
             support_levels=tuple(level.to(device) for level in self.support_levels),
             support_masks=self.support_masks.to(device),
             support_dense=self.support_dense.to(device),
+            support_truth=self.support_truth.to(device),
             query_levels=tuple(level.to(device) for level in self.query_levels),
             query_masks=self.query_masks.to(device),
         )
@@ -72,12 +75,20 @@ class CachedEpisodes:
         specs: the episodes, usually an `EpisodeSampler`.
         mirror: mirror supports and queries half of the time, by the episode's seed. Mirrored features stand in
             for the features of the mirrored photo; the two differ slightly, which costs nothing as augmentation.
+        supports: how supports are marked; of several, each support gets one by the episode's seed.
     """
 
     def __init__(
-        self, store: FeatureStore, masks: MaskStore, specs: Sequence[EpisodeSpec], *, mirror: bool = False
+        self,
+        store: FeatureStore,
+        masks: MaskStore,
+        specs: Sequence[EpisodeSpec],
+        *,
+        mirror: bool = False,
+        supports: Sequence[SupportKind] = ("mask",),
     ) -> None:
         self._store, self._masks, self._specs, self._mirror = store, masks, specs, mirror
+        self._supports = tuple(supports)
 
     def __len__(self) -> int:
         return len(self._specs)
@@ -96,29 +107,38 @@ class CachedEpisodes:
         support_ids = [image_id for spec in specs for image_id in spec.support_ids]
         query_ids = [spec.query_id for spec in specs]
         class_ids = [spec.class_id for spec in specs]
+        support_classes = np.repeat(class_ids, shots).tolist()
+        kinds = [kind for spec in specs for kind in support_kinds(spec, self._supports)]
         support_levels = self._store.get(support_ids)
         query_levels = self._store.get(query_ids)
-        support_masks = self._masks.get(support_ids, np.repeat(class_ids, shots).tolist())
+        truth = self._masks.get(support_ids, support_classes)
+        support_masks = self._masks.get(support_ids, support_classes, kinds) if set(kinds) != {"mask"} else truth
         query_masks = self._masks.get(query_ids, class_ids)
         if self._mirror:
             draws = np.stack([np.random.default_rng([spec.seed, 2]).random(1 + shots) < 0.5 for spec in specs])
             which = torch.from_numpy(draws)
-            query_levels, query_masks = _mirror(query_levels, query_masks, which[:, 0])
-            support_levels, support_masks = _mirror(support_levels, support_masks, which[:, 1:].flatten())
+            query_levels, query_masks = _mirror_levels(query_levels, which[:, 0]), _mirror(query_masks, which[:, 0])
+            flipped = which[:, 1:].flatten()
+            support_levels = _mirror_levels(support_levels, flipped)
+            support_masks, truth = _mirror(support_masks, flipped), _mirror(truth, flipped)
+        shape = (len(specs), shots, *truth.shape[1:])
         return FeatureBatch(
             support_levels=support_levels,
-            support_masks=support_masks.reshape(len(specs), shots, *support_masks.shape[1:]),
-            support_dense=torch.ones(len(specs), shots, dtype=torch.bool),
+            support_masks=support_masks.reshape(shape),
+            support_dense=torch.tensor([kind == "mask" for kind in kinds]).reshape(shape[:2]),
+            support_truth=truth.reshape(shape),
             query_levels=query_levels,
             query_masks=query_masks,
             specs=specs,
         )
 
 
-def _mirror(levels: tuple[Tensor, ...], masks: Tensor, which: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    chosen = which[:, None, None, None]
-    mirrored = tuple(torch.where(chosen, level.flip(3), level) for level in levels)
-    return mirrored, torch.where(which[:, None, None], masks.flip(2), masks)
+def _mirror_levels(levels: tuple[Tensor, ...], which: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.where(which[:, None, None, None], level.flip(3), level) for level in levels)
+
+
+def _mirror(masks: Tensor, which: Tensor) -> Tensor:
+    return torch.where(which[:, None, None], masks.flip(2), masks)
 
 
 class LiveEpisodes:
@@ -137,7 +157,8 @@ class LiveEpisodes:
             yield FeatureBatch(
                 support_levels=self._backbone(batch.support_images.flatten(0, 1).to(device)),
                 support_masks=batch.support_masks,
-                support_dense=torch.ones(batch.support_masks.shape[:2], dtype=torch.bool),
+                support_dense=batch.support_dense,
+                support_truth=batch.support_truth,
                 query_levels=self._backbone(batch.query_images.to(device)),
                 query_masks=batch.query_masks,
                 specs=batch.specs,

@@ -23,14 +23,16 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
-from episodes.types import DataError, MaskSource, PhotoSource
+from episodes.protocols import Fit
+from episodes.types import DataError, MaskSource, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.runtime import atomic_path
 
 DEFAULT_BYTE_BUDGET = 4 * 2**30
 
-_FEATURE_FILE = re.compile(r"[0-9a-f]{16}-\d+/[0-9a-f]{32}\.safetensors")
+_FEATURE_FILE = re.compile(r"[0-9a-f]{16}-\d+(-pad)?/[0-9a-f]{32}\.safetensors")
 
 
 class FeatureStore:
@@ -39,7 +41,8 @@ class FeatureStore:
     Args:
         backbone: frozen; its fingerprint names the folder, so that other weights never share features.
         source: images.
-        size: side in pixels of the square that images are squashed to.
+        size: side in pixels of the square that images are fitted into.
+        fit: how, see `EpisodeTransform`.
         directory: where files go, in a folder per backbone and size; None keeps everything in memory.
         byte_budget: bytes to keep at most in the directory, features of other backbones and sizes included. Stores
             that run at the same time each count only the files that they found or wrote.
@@ -56,11 +59,12 @@ class FeatureStore:
         *,
         size: int,
         directory: Path | None,
+        fit: Fit = "squash",
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         batch_size: int = 8,
     ) -> None:
         self._backbone, self._source, self._batch_size = backbone, source, batch_size
-        self._transform = EpisodeTransform("none", size)
+        self._transform = EpisodeTransform("none", size, fit)
         sides = [-(-size // stride) for stride in backbone.strides]
         self._shapes = [(c, side, side) for c, side in zip(backbone.channels, sides, strict=True)]
         one_file = save({f"level{i}": torch.zeros(shape).half() for i, shape in enumerate(self._shapes)})
@@ -70,7 +74,8 @@ class FeatureStore:
                 f"feature cache of {byte_budget} bytes cannot hold one image ({self._bytes_per_image} bytes); "
                 "raise --cache-gigabytes"
             )
-        self._folder = None if directory is None else directory / f"{backbone.fingerprint[:16]}-{size}"
+        name = f"{backbone.fingerprint[:16]}-{size}" + ("" if fit == "squash" else f"-{fit}")
+        self._folder = None if directory is None else directory / name
         self._memory: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self._names: dict[str, str] = {}
         self._kept: OrderedDict[Path, int] = OrderedDict() if directory is None else _feature_files(directory)
@@ -178,21 +183,30 @@ def _feature_files(directory: Path) -> OrderedDict[Path, int]:
 
 
 class MaskStore:
-    """Masks of (image, class) pairs at one square size, kept compressed in memory (about 1 kB each)."""
+    """Masks and weaker annotations of (image, class) pairs at one square size, kept compressed (about 1 kB each).
 
-    def __init__(self, source: MaskSource, *, size: int) -> None:
+    Args:
+        source: masks, and drawn annotations if it has any.
+        size, fit: as of the `FeatureStore`.
+    """
+
+    def __init__(self, source: MaskSource, *, size: int, fit: Fit = "squash") -> None:
         self._source, self._size = source, size
-        self._transform = EpisodeTransform("none", size)
-        self._kept: dict[tuple[str, int], bytes] = {}
+        self._transform = EpisodeTransform("none", size, fit)
+        self._kept: dict[tuple[str, int, SupportKind], bytes] = {}
 
-    def get(self, image_ids: Sequence[str], class_ids: Sequence[int]) -> Tensor:
-        """uint8 (N, S, S) of 0, 1 and 255."""
-        return torch.stack([self._one(i, c) for i, c in zip(image_ids, class_ids, strict=True)])
+    def get(
+        self, image_ids: Sequence[str], class_ids: Sequence[int], kinds: Sequence[SupportKind] | None = None
+    ) -> Tensor:
+        """uint8 (N, S, S) of 0, 1 and 255: masks, or the annotations of `kinds` (see `episodes.annotations`)."""
+        masks: Sequence[SupportKind] = ["mask"] * len(image_ids)
+        chosen = masks if kinds is None else kinds
+        return torch.stack([self._one(*key) for key in zip(image_ids, class_ids, chosen, strict=True)])
 
-    def _one(self, image_id: str, class_id: int) -> Tensor:
-        key = (image_id, class_id)
+    def _one(self, image_id: str, class_id: int, kind: SupportKind) -> Tensor:
+        key = (image_id, class_id, kind)
         if key not in self._kept:
-            mask = self._source.mask(image_id, class_id)
+            mask = annotation_of(self._source, image_id, class_id, kind)
             placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
             resized = self._transform(placeholder, mask, seed=0)[1]
             self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)

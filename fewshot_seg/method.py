@@ -6,16 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from episodes.types import DataError
 from fewshot_seg.backbones import EMBEDDED, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity
 from fewshot_seg.config import EpisodeSettings, ModelSettings
 from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.evaluation import choose_threshold
-from fewshot_seg.experiment import FoldData, held_out_episodes
+from fewshot_seg.fold_data import FoldData, held_out_episodes
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.runs import check_classes, open_data
 from fewshot_seg.runtime import pick_device
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
+
+SOFT_MARGIN_THRESHOLD = 0.5
+"""Of the bare soft margin: best on held-out base classes of PASCAL-5i (scripts/choose_temperature.py)."""
 
 _THRESHOLD_EPISODES = 200
 
@@ -92,9 +96,26 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         show_progress=show_progress,
     )
     check_classes(method.name, method.notes, data)
-    if not method.threshold_origin:
-        episodes = held_out_episodes(data, shots=1, count=_THRESHOLD_EPISODES, seed=0)
-        threshold, _ = choose_threshold(method.segmenter, episodes, show_progress=show_progress)
-        method.segmenter.threshold = threshold
-        method = dataclasses.replace(method, threshold_origin="chosen on base classes")
-    return method, data
+    if method.threshold_origin:
+        return method, data
+    if data.held_out is None:  # a data set of one's own, all of whose classes are scored
+        return take_usual_threshold(method, settings), data
+    episodes = held_out_episodes(data, shots=1, count=_THRESHOLD_EPISODES, seed=0, supports=(settings.support,))
+    threshold, _ = choose_threshold(method.segmenter, episodes, show_progress=show_progress)
+    method.segmenter.threshold = threshold
+    return dataclasses.replace(method, threshold_origin="chosen on base classes"), data
+
+
+def take_usual_threshold(method: Method, settings: ModelSettings) -> Method:
+    """The method with the threshold of a bare soft margin, for photos without base classes to choose one on.
+
+    Raises:
+        DataError: another prior map, which has no threshold of its own.
+    """
+    if settings.prior_map not in (None, PRIOR_CHANNELS[0]):
+        raise DataError(
+            f"--prior-map {settings.prior_map!r} has no threshold of its own, and there are no base classes to choose "
+            "one on; give one with --threshold"
+        )
+    method.segmenter.threshold = SOFT_MARGIN_THRESHOLD
+    return dataclasses.replace(method, threshold_origin="usual for the soft margin")

@@ -69,6 +69,15 @@ class IoUResult:
 class EpisodeIoU:
     """Accumulates episodes; order and batching do not matter, to the intervals neither.
 
+    With several ways, the IoU of a class is pooled over all episodes in which the class is a way, whether the query
+    shows it or not; FB-IoU compares any object with the background; the bootstrap resamples episodes.
+
+    Args:
+        ways: classes per episode, N.
+
+    Raises:
+        ValueError: ways < 1.
+
     Example:
         >>> metric = EpisodeIoU()
         >>> target = torch.tensor([[[1, 1, 0, 0]]], dtype=torch.uint8)
@@ -77,18 +86,43 @@ class EpisodeIoU:
         50.0
     """
 
-    def __init__(self) -> None:
-        self._counts: list[Int64Array] = []
-        self._class_ids: list[int] = []
+    def __init__(self, ways: int = 1) -> None:
+        if ways < 1:
+            raise ValueError(f"an episode has at least 1 way, got {ways}")
+        self._ways = ways
+        self._counts: list[Int64Array] = []  # of any object and the background, (2, 2) an episode
+        self._way_counts: list[Int64Array] = []  # (N, 2) an episode
+        self._class_ids: list[Int64Array] = []  # (N,) an episode
 
-    def update(self, predictions: Tensor, targets: Tensor, class_ids: Sequence[int] | Tensor) -> None:
-        """Add B episodes; see `intersection_union` for shapes. class_ids: B label values."""
-        counts = intersection_union(predictions, targets).cpu().numpy()
-        ids = [int(class_id) for class_id in class_ids]
+    def update(
+        self, predictions: Tensor, targets: Tensor, class_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor
+    ) -> None:
+        """Add B episodes.
+
+        Args:
+            predictions: bool or integer (B, H, W): 0 = background; w = way w, from 1. With one way, any other value
+                than 0 is foreground.
+            targets: uint8 (B, H, W), same values, 255 = ignore.
+            class_ids: B label values, or (B, N) of them with several ways, distinct within an episode.
+
+        Raises:
+            ValueError: shapes or numbers differ.
+        """
+        counts = intersection_union(predictions, _where_valid(targets, targets != 0)).cpu().numpy()
+        ids = torch.as_tensor(class_ids, dtype=torch.int64).cpu().numpy()
         if len(ids) != len(counts):
             raise ValueError(f"got {len(counts)} episodes and {len(ids)} class ids")
+        if ids.size != len(ids) * self._ways:
+            raise ValueError(f"class ids of {self._ways}-way episodes have shape (B, {self._ways}), got {ids.shape}")
+        if self._ways == 1:
+            way_counts = counts[:, 1:]
+        else:
+            ways = range(1, self._ways + 1)
+            each = [intersection_union(predictions == way, _where_valid(targets, targets == way)) for way in ways]
+            way_counts = torch.stack([one[:, 1] for one in each], dim=1).cpu().numpy()
         self._counts.extend(counts)
-        self._class_ids.extend(ids)
+        self._way_counts.extend(way_counts)
+        self._class_ids.extend(ids.reshape(-1, self._ways))
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -99,9 +133,30 @@ class EpisodeIoU:
         return np.stack(self._counts) if self._counts else np.zeros((0, 2, 2), np.int64)
 
     def episode_iou(self) -> Float64Array:
-        """Foreground IoU of every episode in percent (for galleries, not for mIoU). float64 (N,)."""
+        """Foreground IoU of every episode in percent (for galleries, not for mIoU), of any object. float64 (N,)."""
         foreground = self.counts[:, 1].astype(np.float64)
         return 100 * _ratio(foreground[:, 0], foreground[:, 1])
+
+    def way_iou(self) -> Float64Array:
+        """IoU of every way of every episode in percent, float64 (N, ways)."""
+        counts = np.stack(self._way_counts).astype(np.float64)
+        return 100 * _ratio(counts[..., 0], counts[..., 1])
+
+    def split(self, parts: int) -> list[EpisodeIoU]:
+        """Equal parts of the episodes, in the order of the updates: repeats of an evaluation.
+
+        Raises:
+            ValueError: the episodes cannot be divided so.
+        """
+        if parts < 1 or not len(self) or len(self) % parts:
+            raise ValueError(f"{len(self)} episodes cannot be divided into {parts} equal parts")
+        size, pieces = len(self) // parts, list[EpisodeIoU]()
+        for start in range(0, len(self), size):
+            piece, chosen = EpisodeIoU(self._ways), slice(start, start + size)
+            piece._counts, piece._way_counts = self._counts[chosen], self._way_counts[chosen]
+            piece._class_ids = self._class_ids[chosen]
+            pieces.append(piece)
+        return pieces
 
     def compute(self, *, resamples: int = 1000, seed: int = 0) -> IoUResult:
         """Scores and their 95% intervals: percentiles of a bootstrap over episodes.
@@ -115,16 +170,18 @@ class EpisodeIoU:
         """
         if not self._counts:
             raise ValueError("EpisodeIoU.compute needs at least one episode; call update first")
-        counts, class_ids = self.counts.astype(np.float64), np.asarray(self._class_ids)
-        canonical = np.lexsort((*counts.reshape(-1, 4).T, class_ids))  # or resamples would depend on the order
-        counts, class_ids = counts[canonical], class_ids[canonical]
-        classes, of_class = np.unique(class_ids, return_inverse=True)
-        once = np.ones((1, len(counts)))
-        miou, fb_iou, per_class = _pooled_scores(counts, of_class, len(classes), once)
-        draws = np.random.default_rng(seed).multinomial(
-            len(counts), np.full(len(counts), 1 / len(counts)), size=resamples
-        )
-        miou_draws, fb_draws, _ = _pooled_scores(counts, of_class, len(classes), draws.astype(np.float64))
+        counts, way_counts = self.counts.astype(np.float64), np.stack(self._way_counts).astype(np.float64)
+        class_ids, episodes = np.stack(self._class_ids), len(self)
+        # episodes in a canonical order, or resamples would depend on that of the updates
+        keys = (*way_counts.reshape(episodes, -1).T, *counts.reshape(episodes, -1).T, *class_ids.T)
+        canonical = np.lexsort(keys)
+        counts, way_counts, class_ids = counts[canonical], way_counts[canonical], class_ids[canonical]
+        classes = np.unique(class_ids)
+        membership = (class_ids[..., None] == classes).astype(np.float64)  # (N, ways, classes)
+        once = np.ones((1, episodes))
+        miou, fb_iou, per_class = _pooled_scores(counts, way_counts, membership, once)
+        draws = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), size=resamples)
+        miou_draws, fb_draws, _ = _pooled_scores(counts, way_counts, membership, draws.astype(np.float64))
         miou_low, miou_high = np.percentile(miou_draws, (2.5, 97.5))
         fb_low, fb_high = np.percentile(fb_draws, (2.5, 97.5))
         return IoUResult(
@@ -135,8 +192,48 @@ class EpisodeIoU:
             fb_iou_low=float(fb_low),
             fb_iou_high=float(fb_high),
             per_class={int(c): float(v) for c, v in zip(classes, per_class[0], strict=True)},
-            episodes=len(counts),
+            episodes=episodes,
         )
+
+
+def mean_result(results: Sequence[IoUResult]) -> IoUResult:
+    """Mean of an evaluation's independent repeats, as BAM and RePRI report it (5 seeds).
+
+    Half-widths of the intervals add in squares, as those of independent runs do, and are divided by their number. A
+    class's IoU is the mean of the repeats that drew the class. A single result comes back as it is.
+
+    Raises:
+        ValueError: no result.
+    """
+    if not results:
+        raise ValueError("mean_result needs at least one result")
+    if len(results) == 1:
+        return results[0]
+    classes = sorted({class_id for result in results for class_id in result.per_class})
+    drawn = {c: [result.per_class[c] for result in results if c in result.per_class] for c in classes}
+    miou = _mean_interval([(result.miou, result.miou_low, result.miou_high) for result in results])
+    fb_iou = _mean_interval([(result.fb_iou, result.fb_iou_low, result.fb_iou_high) for result in results])
+    return IoUResult(
+        miou=miou[0],
+        miou_low=miou[1],
+        miou_high=miou[2],
+        fb_iou=fb_iou[0],
+        fb_iou_low=fb_iou[1],
+        fb_iou_high=fb_iou[2],
+        per_class={class_id: sum(values) / len(values) for class_id, values in drawn.items()},
+        episodes=sum(result.episodes for result in results),
+    )
+
+
+def _mean_interval(bounds: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    mean = sum(value for value, _, _ in bounds) / len(bounds)
+    half = sum(((high - low) / 2) ** 2 for _, low, high in bounds) ** 0.5 / len(bounds)
+    return mean, mean - half, mean + half
+
+
+def _where_valid(targets: Tensor, foreground: Tensor) -> Tensor:
+    """uint8 of 0 and 1, 255 where the targets are ignored."""
+    return foreground.to(torch.uint8).masked_fill_(targets == IGNORE, IGNORE)
 
 
 def _ratio(intersection: Float64Array, union: Float64Array) -> Float64Array:
@@ -144,53 +241,16 @@ def _ratio(intersection: Float64Array, union: Float64Array) -> Float64Array:
 
 
 def _pooled_scores(
-    counts: Float64Array, of_class: npt.NDArray[np.intp], classes: int, repeats: Float64Array
+    counts: Float64Array, way_counts: Float64Array, membership: Float64Array, repeats: Float64Array
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
     """mIoU (R,), FB-IoU (R,), per-class IoU (R, classes) of R weightings of the episodes; NaN-free means.
 
-    A class that a resample happens to miss is left out of that resample's mean.
+    counts (N, 2, 2), way_counts (N, ways, 2), membership (N, ways, classes), repeats (R, N). A class that a resample
+    happens to miss is left out of that resample's mean.
     """
-    membership = np.eye(classes)[of_class]  # (N, classes)
-    intersection = repeats @ (membership * counts[:, 1, :1])
-    union = repeats @ (membership * counts[:, 1, 1:])
-    present = repeats @ membership > 0
+    intersection, union = (repeats @ np.einsum("nw,nwc->nc", way_counts[..., side], membership) for side in (0, 1))
+    present = repeats @ membership.sum(1) > 0
     per_class = _ratio(intersection, union)
     miou = (per_class * present).sum(1) / present.sum(1)
     pooled = np.einsum("rn,nij->rij", repeats, counts)
     return 100 * miou, 100 * _ratio(pooled[..., 0], pooled[..., 1]).mean(1), 100 * per_class
-
-
-def prior_scores(prior: Tensor, target: Tensor) -> tuple[float, float]:
-    """How well a map ranks the pixels of one episode: AUC and the IoU at the best threshold, both in [0, 1].
-
-    Args:
-        prior: float (H, W), any scale.
-        target: uint8 (H, W), 255 ignored.
-
-    Returns:
-        (AUC, best IoU): the AUC is the Mann-Whitney statistic, ties counted half; the best IoU is exact over
-        all thresholds "value >= t". NaN both where the target lacks foreground or background.
-
-    Raises:
-        ValueError: shapes differ, or the map holds NaN.
-    """
-    if prior.shape != target.shape:
-        raise ValueError(f"prior {tuple(prior.shape)} and target {tuple(target.shape)} differ in shape")
-    prior, target = prior.detach().cpu(), target.cpu()
-    if prior.isnan().any():
-        raise ValueError("prior holds NaN; a map to be ranked must be finite")
-    valid = target != IGNORE
-    values = prior[valid].double()
-    positive = target[valid] == 1
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if positives == 0 or negatives == 0:
-        return float("nan"), float("nan")
-    order = values.argsort(descending=True)
-    sorted_values, hits = values[order], positive[order].double()
-    true_positives, predicted = hits.cumsum(0), torch.arange(1, len(hits) + 1, dtype=torch.float64)
-    last_of_tie = torch.cat([sorted_values[1:] != sorted_values[:-1], torch.tensor([True])])
-    true_positives, predicted = true_positives[last_of_tie], predicted[last_of_tie]
-    best_iou = (true_positives / (positives + predicted - true_positives)).max()
-    recall = torch.cat([torch.zeros(1), true_positives / positives])
-    fallout = torch.cat([torch.zeros(1), (predicted - true_positives) / negatives])
-    return float(torch.trapezoid(recall, fallout)), float(best_iou)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from episodes.sources.decoding import rgb
-from episodes.types import IGNORE, DataError, UInt8Array
+from episodes.sources.object_masks import object_mask
+from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-
-_SOFT_LEVELS = 32  # more grey levels than this are a drawing's soft edges, not labels
-_MAX_COLOUR_DIFFERENCE = 8  # between the channels of a grey picture that went through JPEG
 
 
 def _open(path: Path, what: str) -> Image.Image:
@@ -46,55 +46,95 @@ def read_photo(path: Path) -> UInt8Array:
 def read_object_mask(path: Path) -> UInt8Array:
     """A mask that marks one object: uint8 (H, W) of 0, 1 and 255 (ignore).
 
-    - Black and white (values 0 and 255 alone): 255 is the object.
-    - Labels (palette, or grey with at most 32 values): nonzero is the object, 255 is ignored, unless white
-      covers more than all other labels together and the file has no palette.
-    - Grey with soft edges (more values, as drawing tools and JPEG leave them): the object from 128 up.
-    - Colour files pass when they are grey in truth.
+    Which pixels are the object: see `episodes.sources.object_masks.object_mask`.
 
     Raises:
         DataError: missing, undecodable or coloured file.
     """
-    picture = _open(path, "mask")
-    values = _levels(picture, path)
-    present = np.unique(values[values > 0])
-    if set(present.tolist()) <= {IGNORE}:
-        return np.asarray(values == IGNORE, dtype=np.uint8)
-    if picture.mode != "P" and set(present.tolist()) != {1, IGNORE} and _is_drawing(values, present):
-        return np.asarray(values >= 128, dtype=np.uint8)
-    mask: UInt8Array = (values > 0).astype(np.uint8)
-    mask[values == IGNORE] = IGNORE
-    return mask
+    return object_mask(_open(path, "mask"), path)
 
 
-def _levels(picture: Image.Image, path: Path) -> UInt8Array:
-    if picture.mode in ("1", "LA"):
-        return np.asarray(picture.convert("L"))
-    if picture.mode in ("P", "L"):
-        return np.asarray(picture)
-    if picture.mode in ("RGB", "RGBA"):
-        colours = np.asarray(picture.convert("RGB")).astype(np.int16)
-        if int((colours.max(axis=2) - colours.min(axis=2)).max()) <= _MAX_COLOUR_DIFFERENCE:
-            return np.asarray(picture.convert("L"))
-    raise DataError(
-        f"{path}: mask is coloured (mode {picture.mode}), expected black and white or an index mask; save it as a "
-        "grey or palette PNG in which nonzero is the object"
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Support:
+    """A photo and how its object is marked.
+
+    Attributes:
+        photo: uint8 (H, W, 3).
+        marks: uint8 (H, W), 1 = object, 0 = background, 255 = ignored or, unless it is a mask, not known.
+        kind: by what it is marked.
+    """
+
+    photo: UInt8Array
+    marks: UInt8Array
+    kind: SupportKind
 
 
-def _is_drawing(values: UInt8Array, present: UInt8Array) -> bool:
-    white, between = int((values == IGNORE).sum()), int(((values > 0) & (values < IGNORE)).sum())
-    return len(present) > _SOFT_LEVELS or white > between
+def read_support(text: str) -> Support:
+    """A support as it is given on the command line.
 
+    - ``PHOTO:MASK``: a mask file (`read_object_mask`).
+    - ``PHOTO:box=X0,Y0,X1,Y1``: the object is inside, with nothing of it outside; several boxes are joined by ``+``.
+    - ``PHOTO:point=X,Y``: a point on the object; several are joined by ``+``.
+    - ``PHOTO:scribble=FILE``: a mask file whose object is strokes on the object.
+    - ``PHOTO``: the photo shows the object somewhere.
 
-def read_support(pair: str) -> tuple[UInt8Array, UInt8Array]:
-    """Photo and mask of a ``PHOTO:MASK`` pair.
+    Coordinates are pixels of the upright photo, from its top left corner.
 
     Raises:
-        DataError: not a pair, a missing or broken file, two sizes, or a mask without the object.
+        DataError: none of these, a missing or broken file, two sizes, marks without the object or outside the photo.
     """
-    photo_path, mask_path = _split_pair(pair)
-    photo, mask = read_photo(photo_path), read_object_mask(mask_path)
+    if Path(text).expanduser().is_file():
+        photo = read_photo(Path(text).expanduser())
+        return Support(photo=photo, marks=np.full(photo.shape[:2], IGNORE, np.uint8), kind="label")
+    found = _MARKS.fullmatch(text)
+    if found is None:
+        photo_path, mask_path = _split_pair(text)
+        photo = read_photo(photo_path)
+        return Support(photo=photo, marks=_object_mask_of(photo, photo_path, mask_path), kind="mask")
+    photo_path = Path(found["photo"]).expanduser()
+    photo, kind, value = read_photo(photo_path), found["kind"], found["value"]
+    if kind == "scribble":
+        strokes = _object_mask_of(photo, photo_path, Path(value).expanduser())
+        return Support(photo=photo, marks=np.where(strokes == 1, 1, IGNORE).astype(np.uint8), kind="scribble")
+    shapes = [_numbers(text, one, 4 if kind == "box" else 2, photo) for one in value.split("+")]
+    if kind == "box":
+        marks = np.zeros(photo.shape[:2], np.uint8)
+        for left, top, right, bottom in shapes:
+            if right <= left or bottom <= top:
+                raise DataError(f"--support {text!r}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
+            marks[top:bottom, left:right] = IGNORE
+        return Support(photo=photo, marks=marks, kind="box")
+    marks = np.full(photo.shape[:2], IGNORE, np.uint8)
+    radius = max(2.0, 0.01 * min(marks.shape))  # as points derived from masks: one pixel would not survive resizing
+    height, width = photo.shape[:2]
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
+    for x, y in shapes:
+        marks[(rows - y) ** 2 + (columns - x) ** 2 <= radius**2] = 1
+    return Support(photo=photo, marks=marks, kind="point")
+
+
+_MARKS = re.compile(r"(?P<photo>.+):(?P<kind>box|point|scribble)=(?P<value>.+)", re.DOTALL)
+
+
+def _numbers(text: str, value: str, count: int, photo: UInt8Array) -> list[int]:
+    try:
+        numbers = [round(float(one)) for one in value.split(",")]
+    except (ValueError, OverflowError):
+        numbers = []
+    if len(numbers) != count:
+        expected = "box=X0,Y0,X1,Y1" if count == 4 else "point=X,Y"
+        raise DataError(f"--support {text!r}: expected {expected} in pixels, got {value!r}")
+    height, width = photo.shape[:2]
+    room = 0 if count == 4 else -1  # a box may end at the border, a point must be on a pixel
+    if not all(0 <= x <= width + room for x in numbers[::2]) or not all(0 <= y <= height + room for y in numbers[1::2]):
+        raise DataError(
+            f"--support {text!r}: {value} lies outside the photo, which is {width}x{height} pixels (upright)"
+        )
+    return numbers
+
+
+def _object_mask_of(photo: UInt8Array, photo_path: Path, mask_path: Path) -> UInt8Array:
+    mask = read_object_mask(mask_path)
     if photo.shape[:2] != mask.shape:
         raise DataError(
             f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, photo {photo_path.name} is "
@@ -102,7 +142,7 @@ def read_support(pair: str) -> tuple[UInt8Array, UInt8Array]:
         )
     if not (mask == 1).any():
         raise DataError(f"{mask_path}: mask shows no object; mark the object with a value other than 0 (black)")
-    return photo, mask
+    return mask
 
 
 def _split_pair(pair: str) -> tuple[Path, Path]:
@@ -112,7 +152,10 @@ def _split_pair(pair: str) -> tuple[Path, Path]:
         if photo.is_file() and mask.is_file():
             return photo, mask
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
-        raise DataError(f"--support {pair!r}: expected PHOTO:MASK, for example dog.jpg:dog_mask.png")
+        raise DataError(
+            f"--support {pair!r}: expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or PHOTO:box=X0,Y0,X1,Y1, "
+            "PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone"
+        )
     return candidates[-1]
 
 

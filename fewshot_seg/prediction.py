@@ -47,12 +47,16 @@ class Predictor:
         self._support: SupportEncoding | None = None
 
     @torch.no_grad()
-    def remember(self, images: Sequence[UInt8Array], masks: Sequence[UInt8Array]) -> None:
+    def remember(
+        self, images: Sequence[UInt8Array], masks: Sequence[UInt8Array], dense: Sequence[bool] | None = None
+    ) -> None:
         """Encode the supports; replaces earlier ones.
 
         Args:
             images: one or more uint8 (H, W, 3), sizes may differ.
-            masks: uint8 (H, W) each, 1 = object, 255 = ignore.
+            masks: uint8 (H, W) each, 1 = object, 0 = background, 255 = ignore, or not known in weaker marks.
+            dense: which of them are masks; the others are boxes, points, scribbles or nothing, and get completed. All
+                are masks by default.
 
         Raises:
             DataError: no support, a mask of another size, or one without the object.
@@ -60,8 +64,9 @@ class Predictor:
         if not images or len(images) != len(masks):
             raise DataError(f"expected one or more support photos with a mask each, got {len(images)} and {len(masks)}")
         squares = [self._transform(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
-        for number, (_, mask) in enumerate(squares, 1):
-            if not bool((mask == 1).any()):
+        whole = [True] * len(squares) if dense is None else list(dense)
+        for number, ((_, mask), is_mask) in enumerate(zip(squares, whole, strict=True), 1):
+            if is_mask and not bool((mask == 1).any()):
                 raise DataError(
                     f"mask of support {number} shows no object at {self._transform.size} x {self._transform.size} "
                     "pixels; mark the object with 1, choose a larger one, or raise --size"
@@ -70,6 +75,7 @@ class Predictor:
         self._support = self._segmenter.encode_support(
             torch.stack([image for image, _ in squares])[None].to(device),
             torch.stack([mask for _, mask in squares])[None].to(device),
+            torch.tensor([whole], device=device),
         )
 
     @torch.no_grad()

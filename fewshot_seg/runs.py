@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from episodes.protocols import EpisodeProtocol, get_protocol
-from episodes.sources import SyntheticSource, VocSource
+from episodes.episode_files import EpisodeFile, fingerprint_pairs
+from episodes.fold_lists import protocol_for
+from episodes.protocols import PROTOCOL_NAMES, EpisodeProtocol, get_protocol, read_protocol
+from episodes.sources import (
+    CocoJsonSource,
+    CocoSource,
+    FolderSource,
+    FssSource,
+    LabelmeSource,
+    SyntheticSource,
+    VocSource,
+)
 from episodes.types import DataError, MaskSource
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_segmenter
-from fewshot_seg.config import CacheSettings, Config, DataSettings, SimilarityTrainConfig, TrainConfig
+from fewshot_seg.config import CacheSettings, Config, DataSettings, EvaluateConfig, SimilarityTrainConfig, TrainConfig
 from fewshot_seg.evaluation import Evaluation
-from fewshot_seg.experiment import FoldData, TrainedFold, open_fold, protocol_for, train_fold
+from fewshot_seg.experiment import TrainedFold, train_fold
+from fewshot_seg.fold_data import FoldData, open_fold
 from fewshot_seg.metrics import IoUResult
+from fewshot_seg.n_way import NWayEvaluation
 from fewshot_seg.optimisation import CHECKPOINT_NAME
 from fewshot_seg.runtime import environment, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
@@ -28,7 +40,7 @@ from fewshot_seg.similarity import SimilarityNetwork
 MODEL_NAME = "model.safetensors"
 RUN_NAME = "run.json"
 
-_PASCAL_VAL_IMAGES = 1449
+_BENCHMARKS = {"pascal": ("PASCAL-5i", (1449,)), "coco": ("COCO-20i", (40504, 5000))}
 _MAY_DIFFER = frozenset({"resume", "out", "cache", "cache_gigabytes", "device", "workers", "checkpoint_every"})
 """Settings that may change between a run and its resumption: they do not change the weights."""
 
@@ -37,20 +49,39 @@ def open_source(settings: DataSettings) -> MaskSource:
     """The data set of the settings.
 
     Raises:
-        DataError: no VOC layout at the root.
+        DataError: no such layout at the root.
     """
-    return SyntheticSource() if settings.data == "synthetic" else VocSource(_root(settings))
-
-
-def _root(settings: DataSettings) -> Path:
-    if settings.root is None:
+    if settings.data == "synthetic":
+        return SyntheticSource()
+    root = settings.root
+    if root is None:  # the settings refuse it, too
         raise DataError(f"--data {settings.data} needs --root DIR")
-    return settings.root
+    if settings.data == "voc":
+        return VocSource(root, sbd=settings.sbd)
+    if settings.data == "coco-json":
+        return CocoJsonSource(root, settings.images)
+    opened: dict[str, Callable[[Path], MaskSource]] = {
+        "coco": CocoSource,
+        "fss": FssSource,
+        "folder": FolderSource,
+        "labelme": LabelmeSource,
+    }
+    return opened[settings.data](root)
 
 
 def open_protocol(settings: DataSettings, source: MaskSource) -> EpisodeProtocol:
-    """The protocol of the settings, with the splits that the source has."""
-    return protocol_for(source, get_protocol(settings.protocol))
+    """The protocol of the settings, with the splits that they or the source name."""
+    if settings.protocol_file is not None:
+        protocol = read_protocol(settings.protocol_file)
+    else:
+        followed = source.folds is not None or isinstance(source, SyntheticSource)
+        name = settings.protocol or ("hsnet" if followed else "custom")
+        # the published rules, where a data set without folds asks for them, are those of PASCAL
+        protocol = get_protocol(name, None if name == "custom" else source.folds or "pascal")
+    changes = {
+        name: value for name in ("training_split", "evaluation_split") if (value := getattr(settings, name)) is not None
+    }
+    return protocol_for(source, dataclasses.replace(protocol, **changes))
 
 
 def open_data(
@@ -71,6 +102,7 @@ def open_data(
         open_protocol(settings, source),
         fold=fold,
         validation_fold=validation_fold,
+        novel_classes=settings.novel_classes,
         resolution=resolution,
         cache=cache.cache,
         byte_budget=int(cache.cache_gigabytes * 2**30),
@@ -79,11 +111,15 @@ def open_data(
 
 
 def benchmark_name(data: FoldData) -> str:
-    """``PASCAL-5i`` for all 1449 validation images, ``PASCAL-5i/N`` for N others, or the source's own name."""
-    if data.source.name != "voc":
-        return data.source.name
+    """Name of the data in results; a part of a benchmark never goes by the name of the whole.
+
+    The whole is told by the number of evaluation images: VOC 2012's val, and COCO's val2014 or val2017.
+    """
     images = len(data.evaluation_index.image_ids)
-    return "PASCAL-5i" if images == _PASCAL_VAL_IMAGES else f"PASCAL-5i/{images}"
+    if data.source.folds is None:
+        return "synthetic" if isinstance(data.source, SyntheticSource) else f"{data.source.name}/{images}"
+    name, wholes = _BENCHMARKS[data.source.folds]
+    return name if images in wholes else f"{name}/{images}"
 
 
 def new_segmenter(
@@ -100,6 +136,7 @@ def new_segmenter(
         attention=config.attention,
         seed=config.seed,
         similarity=None if similarity is None else copy.deepcopy(similarity).requires_grad_(False),
+        completion=set(config.supports) != {"mask"},
     )
     return segmenter.to(next(backbone.parameters()).device)
 
@@ -123,6 +160,8 @@ def train_configured(
         batch_size=config.batch_size,
         seed=config.seed,
         augment=config.augment,
+        support_augment=config.support_augment,
+        supports=config.supports,
         workers=config.workers,
         select_threshold=config.select_threshold,
         validation_episodes=config.validation_episodes,
@@ -155,6 +194,11 @@ def check_classes(name: str, notes: Mapping[str, Any], data: FoldData) -> None:
     seen = sorted(set(notes.get("base_classes", [])) & set(data.split.novel))
     if seen:
         names = ", ".join(data.source.class_names[class_id] for class_id in seen)
+        if data.fold is None:
+            raise DataError(
+                f"{name} was trained on {names}, which are to be scored; name the classes that it has not seen with "
+                "--novel-classes"
+            )
         raise DataError(
             f"{name} was trained on {names}, which fold {data.fold} scores as novel; "
             f"use --fold {notes.get('fold')} or the model of fold {data.fold}"
@@ -229,9 +273,41 @@ def run_record(verb: str, config: Config, data: FoldData) -> dict[str, Any]:
             "base_classes": list(data.split.base),
             "novel_classes": list(data.split.novel),
             "fingerprint": data.fingerprint,
+            "lists": {
+                "training": fingerprint_pairs(data.training_pairs),
+                "evaluation": fingerprint_pairs(data.evaluation_pairs),
+            },
         },
         "environment": environment(),
     }
+
+
+def of_episodes(config: EvaluateConfig, listed: EpisodeFile) -> EvaluateConfig:
+    """The configuration with what a file of episodes brings: shots, ways, fold, protocol.
+
+    Raises:
+        DataError: another fold or protocol was asked for.
+    """
+    protocol = listed.protocol.removesuffix(" (synthetic)")
+    changes: dict[str, Any] = {"shots": listed.shots, "ways": listed.ways}
+    for name, brought in (("fold", listed.fold), ("protocol", protocol if protocol in PROTOCOL_NAMES else None)):
+        given = getattr(config, name)
+        if brought is not None and given not in (None, brought):
+            raise DataError(f"{config.episodes} is of {name} {brought}, but --{name} is {given}; leave --{name} out")
+        if brought is not None and config.protocol_file is None:
+            changes[name] = brought
+    return dataclasses.replace(config, episodes=None, **changes)
+
+
+def check_novel(listed: EpisodeFile, data: FoldData) -> None:
+    """Raises DataError when a file of episodes scores classes that are not novel in the fold."""
+    seen = sorted({spec.class_id for spec in listed.specs} - set(data.split.novel))
+    if seen:
+        names = ", ".join(data.source.class_names[class_id] for class_id in seen[:10])
+        raise DataError(
+            f"the episodes show {names}, which are not among the novel classes of fold {data.fold}; "
+            "use the --fold that the episodes were drawn for"
+        )
 
 
 def score_record(result: IoUResult, class_names: Mapping[int, str]) -> dict[str, Any]:
@@ -243,9 +319,14 @@ def score_record(result: IoUResult, class_names: Mapping[int, str]) -> dict[str,
     }
 
 
-def episode_records(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Every episode's spec and its foreground IoU in percent; JSON-able."""
+def episode_records(evaluation: Evaluation | NWayEvaluation) -> list[dict[str, Any]]:
+    """Every episode's spec, of several ways one after another, and its foreground IoU in percent; JSON-able."""
+    if isinstance(evaluation, NWayEvaluation):
+        specs = [spec for episode in evaluation.specs for spec in episode]
+        scores = evaluation.way_iou.ravel()
+    else:
+        specs, scores = list(evaluation.specs), evaluation.episode_iou
     return [
         dataclasses.asdict(spec) | {"support_ids": list(spec.support_ids), "iou": float(iou)}
-        for spec, iou in zip(evaluation.specs, evaluation.episode_iou, strict=True)
+        for spec, iou in zip(specs, scores, strict=True)
     ]

@@ -19,12 +19,15 @@ from fewshot_seg.attention import (
     similarity_attention,
 )
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
-from fewshot_seg.priors import PRIOR_CHANNELS, TEMPERATURE, pfenet_prior, similarity_priors
+from fewshot_seg.priors import PRIOR_CHANNELS, TEMPERATURE, pfenet_prior, similarity_priors, soft_margin
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights, join_levels
 
 PriorKind = Literal["similarity", "pfenet", "none"]
 PRIOR_KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
+
+_LEAST_SHARE = 1e-3  # a completed cell is never beyond doubt when the query is looked at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +37,8 @@ class SupportEncoding:
     Attributes:
         cells: unit-length float (B, K*h*w, D), embedded by the similarity network.
         foreground, background: float (B, K*h*w), fraction of each cell.
+        open: float (B, K*h*w), fraction of each cell that a weak support left open; 0 for masks.
+        share: float (B, K*h*w), how much of the open part was taken for object; both are in the first two already.
         foreground_embedding, background_embedding: unit-length float (B, D).
         prototype: float (B, D), frozen features pooled over the foreground.
         frozen: unit-length float (B, K, D, h, w), the joined frozen features themselves (for PFENet's prior).
@@ -42,6 +47,8 @@ class SupportEncoding:
     cells: Tensor
     foreground: Tensor
     background: Tensor
+    open: Tensor
+    share: Tensor
     foreground_embedding: Tensor
     background_embedding: Tensor
     prototype: Tensor
@@ -102,6 +109,7 @@ class FewShotSegmenter(nn.Module):
         attention: form of the score whose gradient is shown, see `fewshot_seg.attention`.
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
+        completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
 
     Raises:
         DataError: decoder, prior, similarity network and backbone do not fit together, a temperature that is not
@@ -118,6 +126,7 @@ class FewShotSegmenter(nn.Module):
         attention: AttentionKind = "margin",
         threshold: float = 0.0,
         temperature: float = TEMPERATURE,
+        completion: SupportCompletion | None = None,
     ) -> None:
         super().__init__()
         if prior not in PRIOR_KINDS:
@@ -130,32 +139,36 @@ class FewShotSegmenter(nn.Module):
             raise DataError(f"temperature of the soft margin must be greater than 0, got {temperature}")
         if tuple(similarity.channels) != backbone.channels:
             raise DataError(f"similarity network reads {similarity.channels}, backbone gives {backbone.channels}")
-        _check_decoder(decoder, prior, similarity.width)
+        _check_decoder(decoder, prior_channels(prior, completion=completion is not None), prior, similarity.width)
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
+        self.completion = completion
         self.prior, self.attention = prior, attention
         self.threshold, self.temperature = threshold, temperature
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that training may change: similarity network (unless frozen) and decoder, never the backbone."""
+        """Parameters that training may change: similarity network (unless frozen), decoder and completion."""
         modules: list[nn.Module] = [self.decoder] if self.prior == "pfenet" else [self.similarity, self.decoder]
+        modules += [] if self.completion is None else [self.completion]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
-    def encode_support(self, images: Tensor, masks: Tensor) -> SupportEncoding:
+    def encode_support(self, images: Tensor, masks: Tensor, dense: Tensor | None = None) -> SupportEncoding:
         """Encode B episodes of K supports.
 
         Args:
             images: float32 (B, K, 3, H, W), RGB in [0, 1].
-            masks: uint8 (B, K, H, W), 255 = ignore.
+            masks: uint8 (B, K, H, W), 1 = object, 0 = background, 255 = ignored, or not known in weak supports.
+            dense: bool (B, K), which supports are marked by masks; the others are weak (`episodes.annotations`) and
+                are completed. All are masks by default.
 
         Raises:
-            DataError: shapes that do not fit, or an episode without any foreground.
+            DataError: shapes that do not fit, or an episode whose masks are without any foreground.
         """
         if images.dim() != 5 or images.shape[2] != 3 or masks.shape != (*images.shape[:2], *images.shape[3:]):
             raise DataError(
                 f"expected support images (B, K, 3, H, W) and masks (B, K, H, W), got {tuple(images.shape)} and "
                 f"{tuple(masks.shape)}"
             )
-        return self.encode_support_levels(self.backbone(images.flatten(0, 1)), masks)
+        return self.encode_support_levels(self.backbone(images.flatten(0, 1)), masks, dense)
 
     def encode_support_levels(
         self, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
@@ -167,24 +180,45 @@ class FewShotSegmenter(nn.Module):
         self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
     ) -> SupportEncoding:
         """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
-        del dense  # TODO
         batch, shots = masks.shape[:2]
-        if not bool((masks == 1).flatten(1).any(dim=1).all()):
+        weak = torch.zeros_like(masks[:, :, 0, 0], dtype=torch.bool) if dense is None else ~dense
+        if not bool(((masks == 1).flatten(2).any(dim=2) | weak).any(dim=1).all()):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
         foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
-        cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
         joined = join_levels(levels)
+        still_open = open_part(foreground, background) * weak.flatten()[:, None, None]
+        share = self._completed_share(weak.flatten(), maps, joined, foreground, background)
+        foreground, background = foreground + still_open * share, background + still_open * (1 - share)
+        cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
         frozen_cells = joined.flatten(2).transpose(1, 2).reshape(batch, -1, joined.shape[1])
         foreground, background = foreground.reshape(batch, -1), background.reshape(batch, -1)
         return SupportEncoding(
             cells=cells,
             foreground=foreground,
             background=background,
+            open=still_open.reshape(batch, -1),
+            share=share.reshape(batch, -1),
             foreground_embedding=_pool(cells, foreground),
             background_embedding=_pool(cells, background),
             prototype=_pool(frozen_cells, foreground),
             frozen=joined.reshape(batch, shots, *joined.shape[1:]),
         )
+
+    def _completed_share(
+        self, weak: Tensor, maps: Tensor, joined: Tensor, foreground: Tensor, background: Tensor
+    ) -> Tensor:
+        """float (N, h, w): how much of the open part of each support is object. weak: bool (N,); 0 for masks."""
+        share = torch.zeros_like(foreground)
+        if not bool(weak.any()):
+            return share
+        chosen = weak.nonzero()[:, 0]
+        # Detached: weak supports should not move the embedding towards what is easy to complete.
+        cells, known = maps[chosen].detach(), (foreground[chosen], background[chosen])
+        if self.completion is None:
+            logits = estimate_object(cells, *known)
+        else:
+            logits = self.completion(cells, joined[chosen], *known)
+        return share.index_copy(0, chosen, logits.sigmoid())
 
     def segment(self, support: SupportEncoding, images: Tensor) -> Prediction:
         """Segment B queries, float32 (B, 3, H, W), with B supports or with one for all.
@@ -214,6 +248,14 @@ class FewShotSegmenter(nn.Module):
             return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
         if self.prior == "pfenet":
             return pfenet_prior(join_levels(levels), support.frozen, support.frozen_foreground)[:, None]
+        priors = self._similarity_priors(support, maps)
+        if not self.training and bool((support.open > 0).any()):
+            priors = self._similarity_priors(self._second_look(support, maps, priors[:, 0]), maps)
+        if self.completion is None:
+            return priors
+        return torch.cat([priors, self._objectness(levels, maps)[:, None]], dim=1)
+
+    def _similarity_priors(self, support: SupportEncoding, maps: Tensor) -> Tensor:
         return similarity_priors(
             maps,
             support.cells,
@@ -223,6 +265,39 @@ class FewShotSegmenter(nn.Module):
             support.background_embedding,
             temperature=self.temperature,
         )
+
+    def _second_look(self, support: SupportEncoding, maps: Tensor, margin: Tensor) -> SupportEncoding:
+        """Weak supports completed again, in the light of the query: what it seems to share with them is their object.
+
+        Args:
+            support: B encoded supports.
+            maps: float (B, D, h, w), cells of the query.
+            margin: float (B, h, w), the query's soft margin by the supports as they were completed first.
+        """
+        found = margin.flatten(1).sigmoid()
+        cells = maps.flatten(2).transpose(1, 2)
+        likeness = soft_margin(support.cells, cells, found, 1 - found, temperature=self.temperature)
+        share = (support.share.logit(eps=_LEAST_SHARE) + likeness).sigmoid()
+        change = support.open * (share - support.share)
+        foreground, background = support.foreground + change, support.background - change
+        return replace(
+            support,
+            foreground=foreground,
+            background=background,
+            share=share,
+            foreground_embedding=_pool(support.cells, foreground),
+            background_embedding=_pool(support.cells, background),
+        )
+
+    def _objectness(self, levels: Sequence[Tensor], maps: Tensor) -> Tensor:
+        """Logits float (B, h, w) of the query's object as the completion sees it: as a photo of which nothing is known.
+
+        With image-level supports it carries much of the answer: a photo's main object is likely what is asked for.
+        """
+        assert self.completion is not None
+        nothing = torch.zeros_like(maps[:, 0])
+        logits: Tensor = self.completion(maps.detach(), join_levels(levels), nothing, nothing)
+        return logits
 
     def attention_maps(
         self,
@@ -251,13 +326,12 @@ class FewShotSegmenter(nn.Module):
         return similarity_attention(maps, direction, rectify=rectify)
 
 
-def prior_channels(prior: PriorKind) -> int:
-    """Number of maps of a prior."""
-    return {"similarity": len(PRIOR_CHANNELS), "pfenet": 1, "none": 0}[prior]
+def prior_channels(prior: PriorKind, *, completion: bool = False) -> int:
+    """Number of maps of a prior; a model with a completion reads its objectness beside the similarity maps."""
+    return {"similarity": len(PRIOR_CHANNELS) + completion, "pfenet": 1, "none": 0}[prior]
 
 
-def _check_decoder(decoder: MaskDecoder | PriorReadout, prior: PriorKind, features: int) -> None:
-    maps = prior_channels(prior)
+def _check_decoder(decoder: MaskDecoder | PriorReadout, maps: int, prior: PriorKind, features: int) -> None:
     if isinstance(decoder, PriorReadout):
         if not 0 <= decoder.channel < maps:
             raise DataError(f"prior {prior!r} has {maps} maps, the readout wants map {decoder.channel} (from 0)")
@@ -284,8 +358,11 @@ def build_segmenter(
     attention: AttentionKind = "margin",
     seed: int = 0,
     similarity: SimilarityNetwork | None = None,
+    completion: bool = False,
 ) -> FewShotSegmenter:
     """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`.
+
+    `completion` adds a `SupportCompletion`, for training with weak supports.
 
     A `similarity` network that was trained before takes the place of a new one. Training goes on with it unless its
     parameters do not require gradients.
@@ -296,7 +373,7 @@ def build_segmenter(
         backbone=backbone,
         similarity=similarity,
         decoder=MaskDecoder(
-            prior_channels=prior_channels(prior),
+            prior_channels=prior_channels(prior, completion=completion),
             feature_channels=sum(backbone.channels),
             appearance=appearance,
             width=decoder_width,
@@ -306,6 +383,7 @@ def build_segmenter(
         ),
         prior=prior,
         attention=attention,
+        completion=SupportCompletion(feature_channels=sum(backbone.channels), seed=seed) if completion else None,
     )
 
 

@@ -13,10 +13,10 @@ from fewshot_seg.attention import ATTENTION_KINDS, NEGATIVES_NEEDED
 from fewshot_seg.checkpoint import LoadedSimilarity
 from fewshot_seg.config import SimilarityEvaluateConfig, SimilarityExplainConfig, SimilarityTrainConfig
 from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.evaluation import evaluate_priors
-from fewshot_seg.experiment import evaluation_episodes, held_out_episodes
+from fewshot_seg.fold_data import evaluation_episodes, held_out_episodes
 from fewshot_seg.photos import read_photo
 from fewshot_seg.pictures import write_picture
+from fewshot_seg.prior_evaluation import evaluate_priors
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
 from fewshot_seg.retrieval_metrics import ReidentificationResult, RetrievalResult, bootstrap_means
 from fewshot_seg.runs import RUN_NAME, run_record

@@ -21,8 +21,8 @@ from fewshot_seg.config import (
 )
 from fewshot_seg.constraint import SimilarityMining
 from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.experiment import FoldData, training_episodes
 from fewshot_seg.features import FeatureStore
+from fewshot_seg.fold_data import FoldData, training_episodes
 from fewshot_seg.metric_losses import MetricLoss, build_metric_loss
 from fewshot_seg.optimisation import CHECKPOINT_NAME, Plan, TrainingResult
 from fewshot_seg.runs import RUN_NAME, benchmark_name, check_classes, check_folder, open_data, run_record
@@ -203,7 +203,7 @@ def train_episodes_configured(
     metric, weight = new_metric(config)
     episodes = training_episodes(
         data,
-        data.held_out if config.held_out else data.split,
+        data.choices if config.held_out else data.split,
         shots=config.shots,
         count=config.steps * config.batch_size,
         seed=config.seed,
@@ -272,7 +272,7 @@ def run_similarity_training(
         write_json(config.out / RUN_NAME, record | {"results": None})
         segmenter, result = train_episodes_configured(data, config, folder=config.out, show_progress=show_progress)
         similarity, resolution = segmenter.similarity, data.resolution
-        classes = data.held_out.base if config.held_out else data.split.base
+        classes = data.choices.base if config.held_out else data.split.base
         notes = {**record["data"], "source": data.source.name, "base_classes": list(classes)}
     else:
         images = photo_part(open_photos(config), "kept" if config.held_out else "train")
@@ -306,7 +306,7 @@ def check_episodes(name: str, notes: dict[str, Any], data: FoldData, *, held_out
     """Raises DataError when a network, by the notes of its file, was trained on classes that are to be scored."""
     check_classes(name, notes, data)
     if held_out and notes.get("source") == data.source.name:
-        seen = sorted(set(notes.get("base_classes", [])) & set(data.held_out.novel))
+        seen = sorted(set(notes.get("base_classes", [])) & set(data.choices.novel))
         if seen:
             names = ", ".join(data.source.class_names[class_id] for class_id in seen)
             raise DataError(f"{name} was trained on {names}, which are held out; train it with --held-out")

@@ -11,28 +11,54 @@ from torch import Tensor, nn
 from episodes.sampler import spec_to_json
 from episodes.types import DataError
 from fewshot_seg.checkpoint import load_trained_tensors, trained_tensors
+from fewshot_seg.completion import completion_loss
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
 from fewshot_seg.optimisation import Plan, Schedule, TrainingResult, optimise
-from fewshot_seg.segmenter import FewShotSegmenter
+from fewshot_seg.priors import PRIOR_CHANNELS
+from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
 from fewshot_seg.similarity import cell_weights
 
 _LOSS_STRIDE = 4  # the mask loss looks at every 4th pixel: the logits live on a coarser grid anyway
 
 
-def episode_losses(segmenter: FewShotSegmenter, batch: FeatureBatch, *, dice_weight: float) -> tuple[Tensor, Tensor]:
-    """(mask loss, metric loss) of a batch, scalars.
+def episode_losses(
+    segmenter: FewShotSegmenter, batch: FeatureBatch, *, dice_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask loss, metric loss, completion loss) of a batch, scalars.
 
     The metric loss (`balanced_map_loss` of the soft margin) trains the embedding itself: query cells of the object
     must be nearer the support's object than its background. It is zero where the similarity network is not used.
+    The completion loss trains what fills in weak supports; zero where nothing is trained to do so.
     """
-    support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+    support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
     targets = batch.query_masks[:, _LOSS_STRIDE // 2 :: _LOSS_STRIDE, _LOSS_STRIDE // 2 :: _LOSS_STRIDE]
     prediction = segmenter.segment_levels(support, batch.query_levels, (targets.shape[1], targets.shape[2]))
     mask_loss = segmentation_loss(prediction.logits, targets, dice_weight=dice_weight)
+    nothing = torch.zeros_like(mask_loss)
+    completion = nothing if segmenter.completion is None else _completion_loss(batch, support, prediction.priors)
     if segmenter.prior != "similarity":
-        return mask_loss, torch.zeros_like(mask_loss)
-    return mask_loss, _metric_loss(prediction.priors[:, 0], batch.query_masks)
+        return mask_loss, nothing, completion
+    return mask_loss, _metric_loss(prediction.priors[:, 0], batch.query_masks), completion
+
+
+def _completion_loss(batch: FeatureBatch, support: SupportEncoding, priors: Tensor) -> Tensor:
+    """Loss of what was filled in: of weak supports, and of the queries, of which the completion knows nothing."""
+    size = (support.frozen.shape[3], support.frozen.shape[4])
+    completed, truths = list[tuple[Tensor, Tensor]](), list[Tensor]()
+    weak = ~batch.support_dense.flatten()
+    if bool(weak.any()):
+        foreground, background = (side.reshape(-1, *size)[weak] for side in (support.foreground, support.background))
+        completed.append((foreground, background))
+        truths.append(batch.support_truth.flatten(0, 1)[weak])
+    if priors.shape[1] > len(PRIOR_CHANNELS):  # the objectness of the queries comes last
+        completed.append((priors[:, -1].sigmoid(), (-priors[:, -1]).sigmoid()))
+        truths.append(batch.query_masks)
+    losses = [
+        completion_loss(foreground, background, *cell_weights(truth, size))
+        for (foreground, background), truth in zip(completed, truths, strict=True)
+    ]
+    return torch.stack(losses).sum() if losses else support.cells.new_zeros(())
 
 
 def _metric_loss(margin: Tensor, query_masks: Tensor) -> Tensor:
@@ -117,8 +143,13 @@ def train(
     device = next(segmenter.parameters()).device
 
     def losses(batch: FeatureBatch) -> dict[str, Tensor]:
-        mask_loss, metric_loss = episode_losses(segmenter, batch.to(device), dice_weight=dice_weight)
-        return {"loss": mask_loss + metric_weight * metric_loss, "mask_loss": mask_loss, "metric_loss": metric_loss}
+        mask_loss, metric_loss, completion = episode_losses(segmenter, batch.to(device), dice_weight=dice_weight)
+        return {
+            "loss": mask_loss + metric_weight * metric_loss + completion,
+            "mask_loss": mask_loss,
+            "metric_loss": metric_loss,
+            "completion_loss": completion,
+        }
 
     return optimise(
         _Segmenter(segmenter),

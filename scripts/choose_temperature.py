@@ -16,7 +16,7 @@ from episodes.sources import VocSource
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.config import default_cache
 from fewshot_seg.evaluation import choose_threshold
-from fewshot_seg.experiment import held_out_episodes, open_fold
+from fewshot_seg.fold_data import held_out_episodes, open_fold
 from fewshot_seg.report import Table, text_table
 from fewshot_seg.segmenter import training_free
 

@@ -25,8 +25,10 @@ from episodes.sources import VocSource
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.evaluation import Decoder, Evaluation, choose_thresholds, evaluate_heads
-from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold, train_fold
+from fewshot_seg.episode_logits import Decoder
+from fewshot_seg.evaluation import Evaluation, choose_thresholds, evaluate_heads
+from fewshot_seg.experiment import train_fold
+from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.runs import benchmark_name
 from fewshot_seg.runtime import read_json, write_json

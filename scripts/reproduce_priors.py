@@ -24,8 +24,8 @@ from fewshot_seg.attention import ATTENTION_KINDS
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import load_similarity
 from fewshot_seg.config import SimilarityTrainConfig
-from fewshot_seg.evaluation import evaluate_priors
-from fewshot_seg.experiment import FoldData, evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.prior_evaluation import evaluate_priors
 from fewshot_seg.runs import benchmark_name
 from fewshot_seg.runtime import pick_device, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, training_free

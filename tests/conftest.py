@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _VOC_DEFAULT = _DATA / "VOCdevkit" / "VOC2012"
+_COCO_DEFAULT = _DATA / "coco"
 _CUB_DEFAULT = _DATA / "cub_subset"
 
 
@@ -26,6 +27,15 @@ def voc_root() -> Path:
     root = Path(os.environ.get("FEWSHOT_SEG_VOC", _VOC_DEFAULT))
     if not (root / "JPEGImages").is_dir():
         pytest.skip(f"no VOC data at {root}; set FEWSHOT_SEG_VOC to a VOC2012 folder")
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_root() -> Path:
+    """Folder of the COCO part, with annotations/, train2017/ and val2017/, or skip."""
+    root = Path(os.environ.get("FEWSHOT_SEG_COCO", _COCO_DEFAULT))
+    if not (root / "annotations").is_dir():
+        pytest.skip(f"no COCO data at {root}; set FEWSHOT_SEG_COCO to a folder with annotations/ and photos")
     return root
 
 

@@ -17,6 +17,8 @@ ProblemKind = Literal[
     "empty-split",
     "bad-annotation",
     "unsafe-name",
+    "duplicate",
+    "too-few",
 ]
 
 

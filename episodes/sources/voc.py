@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from episodes.sources.decoding import missing_file, opened
+from episodes.sources.decoding import opened
 from episodes.sources.errors import SourceError
-from episodes.types import IGNORE, DataError, FoldedDataset, UInt8Array
+from episodes.sources.fingerprints import fingerprint_files
+from episodes.sources.label_maps import check_size, label_areas, one_class, photo_size, read_label_map
+from episodes.sources.sbd import find_sbd, read_sbd_labels
+from episodes.types import DataError, FoldedDataset, UInt8Array
 
 _NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle"),
@@ -24,7 +25,6 @@ _NAMES = (
 VOC_CLASS_NAMES: Mapping[int, str] = MappingProxyType(dict(enumerate(_NAMES, start=1)))
 
 _MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
-_COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def _find_root(root: Path) -> Path:
@@ -50,22 +50,34 @@ def _find_masks(root: Path, masks: str | None) -> str:
     )
 
 
-def _one_class(labels: UInt8Array, class_id: int) -> UInt8Array:
-    result: UInt8Array = (labels == class_id).astype(np.uint8)
-    result[labels == IGNORE] = IGNORE
-    return result
+_TRAINAUG, _NOVAL = "trainaug", "train_sbd_noval"
+_DERIVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    # The lists of SBD that join VOC's train, without VOC's val.
+    {_TRAINAUG: ("train", "val"), _NOVAL: ("train_noval",)}
+)
 
 
 @dataclass(frozen=True)
 class VocSource:
-    """Images and masks of a VOC2012 folder.
+    """Images and masks of a VOC2012 folder, with the masks of SBD where its folder is named.
 
     Masks are PNG files whose pixel values are class ids, with a palette (as VOC ships them) or grey;
     0 is background, 1..20 are the classes, 255 is ignored.
 
+    The masks of SBD come ready-made, as the PNG files of ``SegmentationClassAug``, or as they were published,
+    as MATLAB files. Then an image has VOC's PNG where there is one and SBD's ``cls/ID.mat`` otherwise, as in the
+    ready-made folder; its photo comes from JPEGImages or else from SBD's ``img``. Two splits are put together
+    where ``ImageSets/Segmentation`` has no list of their name, each id once, VOC's first:
+
+    - ``trainaug``: VOC train, SBD train, SBD val, without VOC val: 10,582 images.
+    - ``train_sbd_noval``: VOC train and SBD's ``train_noval.txt`` (5,623 images, offered beside the archive),
+      without VOC val. This is the training list of PFENet and of BAM and RePRI after it, 5,953 images
+      (the rule: https://github.com/dvlab-research/PFENet/issues/13).
+
     Args:
         root: a VOC2012 folder, or a folder that holds ``VOC2012`` or ``VOCdevkit/VOC2012``.
         masks: ``SegmentationClassAug`` or ``SegmentationClass``; by default the first that exists.
+        sbd: the folder ``benchmark_RELEASE`` of SBD, the one around it or the ``dataset`` in it.
 
     Raises:
         DataError: no such layout, or no such mask folder.
@@ -73,11 +85,14 @@ class VocSource:
 
     root: Path
     masks: str | None = None
+    sbd: Path | None = None
 
     def __post_init__(self) -> None:
         root = _find_root(Path(self.root).expanduser()).resolve()
         object.__setattr__(self, "masks", _find_masks(root, self.masks))
         object.__setattr__(self, "root", root)
+        if self.sbd is not None:
+            object.__setattr__(self, "sbd", find_sbd(Path(self.sbd).expanduser()).resolve())
 
     @property
     def name(self) -> str:
@@ -100,33 +115,41 @@ class VocSource:
         return "pascal"
 
     def split_file(self, split: str) -> Path:
-        """The list of a split's image ids."""
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        """The list of a split's image ids; of a split put together, the first list of SBD in it."""
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if split in _DERIVED and self.sbd is not None and not path.exists():
+            return self.sbd / f"{_DERIVED[split][0]}.txt"
+        return path
 
     def image_file(self, image_id: str) -> Path:
         """The photo of an id."""
-        return self.root / "JPEGImages" / f"{image_id}.jpg"
+        return _first(self._image_places(image_id))
 
     def mask_file(self, image_id: str) -> Path:
-        """The mask of an id."""
-        return self.root / str(self.masks) / f"{image_id}.png"
+        """The mask of an id, PNG or SBD's ``.mat``."""
+        return _first(self._mask_places(image_id))
 
     def ids(self, split: str) -> tuple[str, ...]:
-        """Image ids of ``ImageSets/Segmentation/{split}.txt`` in the order of the file."""
-        path = self.split_file(split)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (FileNotFoundError, NotADirectoryError):
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
-            raise SourceError(path, "missing", f"no split {split!r}", f"this data set has: {known}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(path, "undecodable", f"not a readable text file ({error})", "replace it") from None
-        return tuple(line.split()[0] for line in lines if line.strip())
+        """Image ids of ``ImageSets/Segmentation/{split}.txt`` in the order of the file, or of a split put together."""
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if split not in _DERIVED or self.sbd is None or path.exists():
+            return self._listed(path, split)
+        parts = [self.ids("train")]
+        parts += [_read_list(self.sbd / f"{name}.txt", _mend_list(name)) for name in _DERIVED[split]]
+        left_out = set(self.ids("val"))
+        return tuple(dict.fromkeys(image_id for part in parts for image_id in part if image_id not in left_out))
+
+    def _listed(self, path: Path, split: str) -> tuple[str, ...]:
+        known = {file.stem for file in path.parent.glob("*.txt")} | (set() if self.sbd is None else set(_DERIVED))
+        if split not in known:
+            more = "; this one is put together when the folder of SBD is named too" if split in _DERIVED else ""
+            mend = f"this data set has: {', '.join(sorted(known)) or 'none'}{more}"
+            raise SourceError(path, "missing", f"no split {split!r}", mend)
+        return _read_list(path, "replace it")
 
     def image(self, image_id: str) -> UInt8Array:
         """RGB image, uint8 (H, W, 3). Raises SourceError when missing or damaged."""
-        path = self.image_file(image_id)
-        with opened(path, "photo") as picture:
+        with opened(self.image_file(image_id), "photo") as picture:
             return np.asarray(picture.convert("RGB"))
 
     def mask(self, image_id: str, class_id: int) -> UInt8Array:
@@ -138,69 +161,68 @@ class VocSource:
         """
         if class_id not in VOC_CLASS_NAMES:
             raise DataError(f"class id {class_id} is not one of VOC's 1..20; choose one of those")
-        labels = self._labels(image_id)
-        path = self.image_file(image_id)
-        with opened(path, "photo") as picture:
-            width, height = picture.size
-        if labels.shape != (height, width):
-            raise SourceError(
-                self.mask_file(image_id),
-                "size-mismatch",
-                f"mask is {labels.shape[1]}x{labels.shape[0]}, photo {path.name} is {width}x{height} pixels",
-                "resize one to the other (nearest neighbour for the mask) or drop the id from the split",
-            )
-        return _one_class(labels, class_id)
+        path, photo = self.mask_file(image_id), self.image_file(image_id)
+        labels = _read_labels(path)
+        check_size(labels, path, photo, photo_size(photo))
+        return one_class(labels, class_id)
 
     def class_areas(self, image_id: str) -> Mapping[int, int]:
         """Class id -> pixels, ascending. Raises SourceError for a value that is no label."""
-        return self._areas(image_id, self._labels(image_id))
+        path = self.mask_file(image_id)
+        return _areas(_read_labels(path), path)
 
     def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
         """Class id -> mask, ascending, from one reading. Raises SourceError for a value that is no label."""
-        labels = self._labels(image_id)
-        return {class_id: _one_class(labels, class_id) for class_id in self._areas(image_id, labels)}
-
-    def _areas(self, image_id: str, labels: UInt8Array) -> dict[int, int]:
-        counts = np.bincount(labels.ravel(), minlength=256)
-        present = [int(label) for label in np.flatnonzero(counts) if label not in (0, IGNORE)]
-        unknown = [label for label in present if label not in VOC_CLASS_NAMES]
-        if unknown:
-            raise SourceError(
-                self.mask_file(image_id),
-                "unknown-label",
-                f"expected labels 0..20 and 255, found {', '.join(map(str, unknown[:5]))}",
-                "map the values to VOC's class ids, 255 for ignore",
-            )
-        return {label: int(counts[label]) for label in present}
+        path = self.mask_file(image_id)
+        labels = _read_labels(path)
+        return {class_id: one_class(labels, class_id) for class_id in _areas(labels, path)}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """Hex digest of (relative path, size, mtime) of the photos and masks of these ids."""
-        digest = hashlib.sha256()
-        prefix = str(self.root)
-        for image_id in image_ids:
-            for path in (f"{prefix}/JPEGImages/{image_id}.jpg", f"{prefix}/{self.masks}/{image_id}.png"):
-                try:
-                    entry = os.stat(path)  # noqa: PTH116  thousands of files: a Path each would double the time
-                except OSError:
-                    raise missing_file(Path(path)) from None
-                digest.update(f"{path[len(prefix) :]}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_files(
+            file
+            for image_id in image_ids
+            for file in (
+                (f"/JPEGImages/{image_id}.jpg", self._image_places(image_id)),
+                (f"/{self.masks}/{image_id}.png", self._mask_places(image_id)),
+            )
+        )
 
-    def _labels(self, image_id: str) -> UInt8Array:
-        path = self.mask_file(image_id)
-        with opened(path, "mask") as picture:
-            if picture.mode in _COLOUR_MODES:
-                raise SourceError(
-                    path,
-                    "rgb-mask",
-                    f"mask is colour-coded ({picture.mode}), expected a palette or grey PNG of class ids",
-                    "convert it: map each colour of VOC's colour map to its class id and save as mode P or L",
-                )
-            if picture.mode not in ("P", "L"):
-                raise SourceError(
-                    path,
-                    "undecodable",
-                    f"mask has mode {picture.mode}, expected P or L with 8 bits",
-                    "save it as mode L",
-                )
-            return np.asarray(picture)
+    def _image_places(self, image_id: str) -> tuple[str, ...]:
+        own = f"{self.root}/JPEGImages/{image_id}.jpg"
+        return (own,) if self.sbd is None else (own, f"{self.sbd}/img/{image_id}.jpg")
+
+    def _mask_places(self, image_id: str) -> tuple[str, ...]:
+        own = f"{self.root}/{self.masks}/{image_id}.png"
+        return (own,) if self.sbd is None else (own, f"{self.sbd}/cls/{image_id}.mat")
+
+
+def _first(places: Sequence[str]) -> Path:
+    """The first of these files that exists, else the first."""
+    paths = [Path(place) for place in places]
+    return next((path for path in paths if len(paths) == 1 or path.exists()), paths[0])
+
+
+def _read_list(path: Path, mend: str) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(path, "missing", "no such list", mend) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(path, "undecodable", f"not a readable text file ({error})", "replace it") from None
+    return tuple(line.split()[0] for line in lines if line.strip())
+
+
+def _mend_list(name: str) -> str:
+    if name == "train_noval":
+        return "fetch it from http://home.bharathh.info/pubs/codes/SBD/train_noval.txt (5,623 ids) and put it there"
+    return "unpack it from SBD's archive"
+
+
+def _read_labels(path: Path) -> UInt8Array:
+    return read_sbd_labels(path) if path.suffix == ".mat" else read_label_map(path)
+
+
+def _areas(labels: UInt8Array, path: Path) -> dict[int, int]:
+    mend = "map the values to VOC's class ids, 255 for ignore"
+    return label_areas(labels, VOC_CLASS_NAMES, path, "labels 0..20 and 255", mend)

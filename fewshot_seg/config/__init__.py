@@ -3,6 +3,19 @@
 Only the rooms that assemble an experiment read these classes; components take plain arguments.
 """
 
+from fewshot_seg.config.data import (
+    CacheSettings,
+    DataName,
+    DataSettings,
+    EpisodesConfig,
+    PrepareConfig,
+    ProtocolName,
+    ShotRuleName,
+    ShowConfig,
+    SupportName,
+    VerifyConfig,
+    default_cache,
+)
 from fewshot_seg.config.machinery import Config, Setting, resolve, setting, settings_of
 from fewshot_seg.config.similarity import (
     SimilarityEvaluateConfig,
@@ -14,9 +27,6 @@ from fewshot_seg.config.similarity import (
 from fewshot_seg.config.verbs import (
     AttentionName,
     Augmentation,
-    CacheSettings,
-    DataName,
-    DataSettings,
     DemoConfig,
     DeviceSettings,
     EpisodeSettings,
@@ -27,8 +37,6 @@ from fewshot_seg.config.verbs import (
     PriorMapName,
     PriorName,
     TrainConfig,
-    VerifyConfig,
-    default_cache,
 )
 
 __all__ = [
@@ -41,18 +49,24 @@ __all__ = [
     "DemoConfig",
     "DeviceSettings",
     "EpisodeSettings",
+    "EpisodesConfig",
     "EvaluateConfig",
     "ExplainConfig",
     "ModelSettings",
     "PredictConfig",
+    "PrepareConfig",
     "PriorMapName",
     "PriorName",
+    "ProtocolName",
     "Setting",
+    "ShotRuleName",
+    "ShowConfig",
     "SimilarityEvaluateConfig",
     "SimilarityExplainConfig",
     "SimilarityModelSettings",
     "SimilaritySettings",
     "SimilarityTrainConfig",
+    "SupportName",
     "TrainConfig",
     "VerifyConfig",
     "default_cache",

@@ -23,8 +23,9 @@ def setting(
     factory: Callable[[], Any] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    positional: bool = False,
 ) -> Any:
-    metadata = {"help": explanation, "minimum": minimum, "maximum": maximum}
+    metadata = {"help": explanation, "minimum": minimum, "maximum": maximum, "positional": positional}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -44,6 +45,7 @@ class Setting:
         required: it has no default.
         default: the default, None when required.
         minimum, maximum: inclusive bounds of numbers.
+        positional: whether the command line takes it without a flag.
     """
 
     name: str
@@ -56,11 +58,12 @@ class Setting:
     default: Any
     minimum: float | None
     maximum: float | None
+    positional: bool
 
     @property
     def flag(self) -> str:
-        """``--learning-rate`` for ``learning_rate``."""
-        return "--" + self.name.replace("_", "-")
+        """``--learning-rate`` for ``learning_rate``; ``DATA_SET`` for a positional ``data_set``."""
+        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
     def check(self, value: Any) -> None:
         """Raises DataError for a value outside choices or bounds."""
@@ -104,6 +107,7 @@ def _describe(field: dataclasses.Field[Any], hint: Any) -> Setting:
         default=None if required else default,
         minimum=field.metadata["minimum"],
         maximum=field.metadata["maximum"],
+        positional=field.metadata["positional"],
     )
 
 

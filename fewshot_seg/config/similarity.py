@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from episodes.types import DataError
+from fewshot_seg.config.data import CacheSettings, DataSettings
 from fewshot_seg.config.machinery import Config, setting
-from fewshot_seg.config.verbs import CacheSettings, DataSettings, DeviceSettings
+from fewshot_seg.config.verbs import DeviceSettings
 
 SimilarityDataName = Literal["folders", "cub", "cars", "sop", "market1501", "dukemtmc", "cuhk03-np", "voc", "synthetic"]
 MetricName = Literal["contrastive", "triplet", "quadruplet", "multi-similarity"]

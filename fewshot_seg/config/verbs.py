@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from episodes.types import DataError
+from fewshot_seg.config.data import CacheSettings, DataSettings, ShotRuleName, SupportName
 from fewshot_seg.config.machinery import Config, setting
 
-DataName = Literal["voc", "synthetic"]
 PriorName = Literal["similarity", "pfenet", "none"]
 AttentionName = Literal["siamese", "triplet", "cosine", "margin"]
 PriorMapName = Literal[
@@ -21,36 +20,7 @@ PriorMapName = Literal[
     "nearest foreground",
     "nearest background",
 ]
-Augmentation = Literal["none", "mirror", "standard"]
-
-
-def default_cache() -> Path:
-    """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
-    return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Config):
-    data: DataName = setting("data set: PASCAL VOC 2012's folder layout, or generated pictures", "voc")
-    root: Path | None = setting("VOC2012 folder (JPEGImages/, ImageSets/, SegmentationClass[Aug]/)", None)
-    protocol: Literal["hsnet"] = setting("evaluation protocol of the literature, for VOC", "hsnet")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data == "voc" and self.root is None:
-            raise DataError(
-                "--data voc needs --root DIR, the VOC2012 folder that holds JPEGImages/ and ImageSets/; "
-                "--data synthetic needs no files"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSettings(Config):
-    cache: Path = setting(
-        "folder of the feature cache (or set FEWSHOT_SEG_CACHE)",
-        factory=default_cache,
-    )
-    cache_gigabytes: float = setting("size of the feature cache at most", 4.0, minimum=0.0)
+Augmentation = Literal["mirror", "none", "flip", "standard", "pfenet", "colour", "strong"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +70,6 @@ class DemoConfig(DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(DataSettings):
-    """``fewshot-seg data verify``."""
-
-    splits: tuple[str, ...] | None = setting("splits to check (default: those of the protocol)", None)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     """``fewshot-seg train``."""
 
@@ -120,6 +83,9 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     )
     validation_episodes: int = setting("episodes that choose the threshold", 200, minimum=1)
     shots: int = setting("supports per training episode", 1, minimum=1)
+    supports: tuple[SupportName, ...] = setting(
+        "how supports are marked; of several, each support of an episode gets one at random", ("mask",)
+    )
     steps: int = setting("optimiser steps", 160, minimum=1)
     batch_size: int = setting("episodes per step", 8, minimum=1)
     learning_rate: float = setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
@@ -127,8 +93,9 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     metric_weight: float = setting("weight of the metric loss of the similarity network", 1.0, minimum=0.0)
     schedule: Literal["one-cycle", "cosine"] = setting("learning-rate schedule", "one-cycle")
     augment: Augmentation = setting(
-        "'mirror' and 'none' use stored features; 'standard' crops and recolours photos, and is slower", "mirror"
+        "'mirror' and 'none' use stored features; the others change the photos, and are slower", "mirror"
     )
+    support_augment: Augmentation | None = setting("augmentation of supports alone (default: as --augment)", None)
     backbone: str = setting("timm or segmentation-models-pytorch encoder, frozen", "tf_efficientnet_lite0")
     backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
     strides: tuple[int, ...] = setting("strides of the features", (16, 32), minimum=2)
@@ -155,7 +122,7 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
             raise DataError(f"--similarity is the source of the prior 'similarity', but --prior is {self.prior!r}")
         if self.decoder_width % 8:
             raise DataError(f"--decoder-width must be a multiple of 8, got {self.decoder_width}")
-        if self.validation_fold == self.fold and self.data == "voc":
+        if self.validation_fold == self.fold and self.data in ("voc", "coco"):
             raise DataError(
                 f"--validation-fold {self.fold} is the test fold; choose another, or the threshold sees test classes"
             )
@@ -165,6 +132,7 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
 class EpisodeSettings(ModelSettings, DataSettings, CacheSettings):
     fold: int | None = setting("test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
     shots: int = setting("supports per episode", 1, minimum=1)
+    support: SupportName = setting("how supports are marked: derived from the mask unless the data set has it", "mask")
     seed: int | None = setting("seed of the episodes (default: the protocol's)", None, minimum=0)
     resolution: int | None = setting("side of the square photos (default: the model's or protocol's)", None, minimum=32)
 
@@ -174,9 +142,28 @@ class EvaluateConfig(EpisodeSettings):
     """``fewshot-seg evaluate``."""
 
     out: Path = setting("folder of evaluation.json", Path("runs/evaluate"))
-    episodes: int | None = setting("number of episodes (default: the protocol's)", None, minimum=1)
+    episodes: Path | None = setting(
+        "file of `data episodes`: exactly these episodes, instead of drawing them (then fold, shots, ways are its own)",
+        None,
+    )
+    count: int | None = setting("number of episodes (default: the protocol's)", None, minimum=1)
+    ways: int = setting("classes per episode: argmax over one-way runs that share the query", 1, minimum=1)
+    shot_rule: ShotRuleName = setting(
+        "how several supports become one mask: 'pooled' is the model's own, 'protocol' that of the protocol's paper",
+        "pooled",
+    )
     scoring: Literal["protocol", "original"] = setting("score at the protocol's or the label's own size", "protocol")
     batch_size: int = setting("episodes at a time", 10, minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.episodes is None:
+            return
+        if self.episodes.name.isdecimal() and not self.episodes.exists():
+            raise DataError(f"--episodes {self.episodes}: no such file; the number of episodes is --count")
+        for name, default in (("count", None), ("seed", None), ("ways", 1), ("shots", 1)):
+            if getattr(self, name) != default:
+                raise DataError(f"--episodes FILE brings its own --{name}; leave --{name} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +180,9 @@ class PredictConfig(ModelSettings):
     """``fewshot-seg predict``."""
 
     support: tuple[str, ...] = setting(
-        "PHOTO:MASK pairs that show the object; in a mask nonzero is object, and 255 is ignored where it comes "
-        "with other labels (a plain black and white mask means 255 = object)"
+        "PHOTO:MASK pairs that show the object (nonzero is object, and 255 is ignored where it comes with other "
+        "labels; a plain black and white mask means 255 = object), or less: PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, "
+        "PHOTO:scribble=FILE, or a PHOTO alone that shows the object somewhere"
     )
     query: tuple[str, ...] = setting("photos to segment: files, folders or quoted globs")
     out: Path = setting("folder for masks/ and overlays/", Path("runs/predict"))

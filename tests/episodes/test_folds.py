@@ -51,6 +51,13 @@ def test_held_out_classes_are_neither_test_nor_base(dataset: str, fold: int, val
     assert len(split.base) == len(CLASS_IDS[dataset]) // 2
 
 
+@given(datasets, folds, folds)
+def test_novel_classes_of_one_fold_are_base_in_every_other(dataset: str, fold: int, other: int) -> None:
+    novel = class_split(CLASS_IDS[dataset], dataset, fold).novel
+    split = class_split(CLASS_IDS[dataset], dataset, other)
+    assert set(novel) <= set(split.novel if fold == other else split.base)
+
+
 @pytest.mark.parametrize("fold", [-1, 4, True])
 def test_fold_outside(fold: int) -> None:
     for make in (pascal_fold, coco_fold):

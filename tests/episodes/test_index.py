@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +16,20 @@ from PIL import Image
 
 from episodes.index import ClassIndex, build_index, count_grid_points
 from episodes.sources import SyntheticSource, VocSource
-from episodes.types import DataError
+from episodes.types import DataError, UInt8Array
 
 
 class CountingSource(SyntheticSource):
-    reads = 0
+    reads: list[str] = []  # noqa: RUF012  appended to by several threads, emptied by the fixture
 
-    def class_areas(self, image_id):  # type: ignore[no-untyped-def]
-        type(self).reads += 1
-        return super().class_areas(image_id)
+    def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
+        self.reads.append(image_id)
+        return super().class_masks(image_id)
 
 
 @pytest.fixture
 def counting() -> CountingSource:
-    CountingSource.reads = 0
+    CountingSource.reads.clear()
     return CountingSource(base_classes=3, novel_classes=2, images_per_class=2, size=48)
 
 
@@ -41,6 +44,75 @@ def test_index_agrees_with_the_masks(tiny_voc: Path) -> None:
     assert index.images_of(20) == ()
 
 
+def test_areas_are_those_of_the_source(tiny_voc: Path) -> None:
+    source = VocSource(tiny_voc)
+    index = build_index(source, "val")
+    assert index.areas == {image_id: source.class_areas(image_id) for image_id in source.ids("val")}
+
+
+def test_each_mask_is_opened_once_and_no_photo(tiny_voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    original = Image.open
+
+    def recording(path: Path, *arguments: Any, **options: Any) -> Image.Image:
+        opened.append(Path(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", recording)
+    source = VocSource(tiny_voc)
+    build_index(source, "val")
+    assert sorted(opened) == sorted(source.mask_file(image_id) for image_id in source.ids("val"))
+
+
+@pytest.mark.parametrize("workers", [2, 3, 40])
+def test_any_number_of_workers_gives_the_same_index(
+    tiny_voc: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("episodes.index._CHUNK", 3)  # several chunks for each, and a short last one
+    source = VocSource(tiny_voc)
+    alone = build_index(source, "val", workers=1)
+    together = build_index(source, "val", workers=workers)
+    assert together == alone
+    assert list(together.areas) == list(alone.areas) == list(source.ids("val"))
+
+
+def test_workers_read_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two readers wait for each other: with one worker this would break the barrier.
+    monkeypatch.setattr("episodes.index._CHUNK", 1)
+    meeting = threading.Barrier(2, timeout=20)
+
+    class Meeting(SyntheticSource):
+        def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
+            meeting.wait()
+            return super().class_masks(image_id)
+
+    source = Meeting(base_classes=3, novel_classes=2, images_per_class=2, size=48)
+    assert len(build_index(source, "train", workers=2).areas) == 6
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_first_damaged_file_is_named(tiny_voc: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("episodes.index._CHUNK", 2)
+    source = VocSource(tiny_voc)
+    for image_id in ("val_16_1", "val_06_2"):
+        source.mask_file(image_id).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"val_06_2\.png"):
+        build_index(source, "val", workers=workers, cache_dir=tiny_voc / "cache")
+    assert not (tiny_voc / "cache").exists()
+
+
+def test_no_workers(counting: CountingSource) -> None:
+    with pytest.raises(DataError, match="workers that read masks must be at least 1, got 0"):
+        build_index(counting, "train", workers=0)
+
+
+def test_progress_counts_images(counting: CountingSource, capsys: pytest.CaptureFixture[str]) -> None:
+    build_index(counting, "train", show_progress=True)
+    assert "6/6" in capsys.readouterr().err
+    build_index(counting, "train")
+    assert capsys.readouterr().err == ""
+
+
 def test_pairs_are_in_image_order_then_by_class(tiny_voc: Path) -> None:
     index = build_index(VocSource(tiny_voc), "val")
     pairs = index.pairs([2, 1])
@@ -50,9 +122,9 @@ def test_pairs_are_in_image_order_then_by_class(tiny_voc: Path) -> None:
 
 def test_stored_index_is_reused_without_reading_masks(counting: CountingSource, tmp_path: Path) -> None:
     first = build_index(counting, "train", cache_dir=tmp_path / "new" / "cache")
-    assert CountingSource.reads == 6
+    assert sorted(CountingSource.reads) == sorted(counting.ids("train"))
     second = build_index(counting, "train", cache_dir=tmp_path / "new" / "cache")
-    assert CountingSource.reads == 6
+    assert sorted(CountingSource.reads) == sorted(counting.ids("train"))
     assert second == first
     assert [path.suffix for path in (tmp_path / "new" / "cache").iterdir()] == [".json"]
 
@@ -73,7 +145,7 @@ def test_damaged_store_is_rebuilt(counting: CountingSource, tmp_path: Path, dama
     (path,) = tmp_path.iterdir()
     path.write_text(damage)
     assert build_index(counting, "train", cache_dir=tmp_path) == index
-    assert CountingSource.reads == 12
+    assert len(CountingSource.reads) == 12
     assert json.loads(path.read_text())["fingerprint"] == index.fingerprint
 
 

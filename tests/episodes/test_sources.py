@@ -1,45 +1,268 @@
-"""The contract of every `MaskSource`, and what each one adds to it."""
+"""The contract of every `MaskSource`, and what the synthetic one adds to it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
-from episodes.sources import SourceError, SyntheticSource, VocSource
-from episodes.types import DataError, MaskSource
+from episodes.sources import (
+    CocoJsonSource,
+    CocoSource,
+    FolderSource,
+    FssSource,
+    LabelmeSource,
+    SyntheticSource,
+    VocSource,
+)
+from episodes.types import DataError, MaskSource, UInt8Array, WeaklyAnnotated
 
 SYNTHETIC = {"base_classes": 6, "novel_classes": 3, "images_per_class": 3, "size": 64}
+IDS = ("a", "b", "c", "d")
 
 
-@pytest.fixture(params=["voc", "synthetic"])
-def source(request: pytest.FixtureRequest) -> MaskSource:
-    if request.param == "voc":
-        return VocSource(request.getfixturevalue("tiny_voc"))
-    return SyntheticSource(seed=3, **SYNTHETIC)
+@dataclass(frozen=True)
+class Case:
+    """A source, and a photo and the mask file (or annotation file) of an id of its scored split."""
+
+    source: MaskSource
+    image_id: str
+    photo: Path
+    mask: Path
+
+
+def _write(path: Path, pixels: UInt8Array) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _photo(path: Path, number: int) -> Path:
+    return _write(path, np.random.default_rng(number).integers(0, 256, (24, 30 + number, 3), dtype=np.uint8))
+
+
+def _labels(number: int, low: int = 1, high: int = 2) -> UInt8Array:
+    """Class `low` in every picture, `high` in every second one."""
+    labels = np.zeros((24, 30 + number), dtype=np.uint8)
+    labels[2:9, 3 : 12 + number] = low
+    if number % 2:
+        labels[12:20, 5:25] = high
+    return labels
+
+
+def _voc(root: Path) -> Case:
+    for number, image_id in enumerate(IDS):
+        _photo(root / "JPEGImages" / f"{image_id}.jpg", number)
+        labels = _labels(number, 3, 20)
+        labels[22:] = 255
+        _write(root / "SegmentationClass" / f"{image_id}.png", labels)
+    _list(root / "ImageSets" / "Segmentation" / "val.txt", IDS)
+    photo, mask = root / "JPEGImages" / "a.jpg", root / "SegmentationClass" / "a.png"
+    return Case(VocSource(root), "a", photo, mask)
+
+
+def _sbd(root: Path) -> Case:
+    _voc(root / "VOC2012")
+    dataset = root / "benchmark_RELEASE" / "dataset"
+    for number, image_id in enumerate(("x", "y")):
+        _photo(dataset / "img" / f"{image_id}.jpg", number)
+        (dataset / "cls").mkdir(exist_ok=True)
+        savemat(dataset / "cls" / f"{image_id}.mat", {"GTcls": {"Segmentation": _labels(number, 3, 20)}})
+    lists = root / "VOC2012" / "ImageSets" / "Segmentation"
+    (lists / "val.txt").write_text("x\nb\ny\n")
+    source = VocSource(root / "VOC2012", sbd=root / "benchmark_RELEASE")
+    return Case(source, "x", dataset / "img" / "x.jpg", dataset / "cls" / "x.mat")
+
+
+def _fss(root: Path) -> Case:
+    for name in ("ab_wheel", "abacus", "zebra"):
+        for number in range(1, 4):
+            _photo(root / name / f"{number}.jpg", number)
+            grey = 255 * (_labels(number) > 0).astype(np.uint8)
+            _write(root / name / f"{number}.png", np.repeat(grey[..., None], 3, axis=2))
+    _list(root / "trn.txt", ("zebra",))
+    _list(root / "test.txt", ("abacus", "ab_wheel"))
+    return Case(FssSource(root), "abacus/1", root / "abacus" / "1.jpg", root / "abacus" / "1.png")
+
+
+def _own_photos(root: Path) -> Path:
+    for number, image_id in enumerate(IDS):
+        _photo(root / "images" / f"{image_id}.jpg", number)
+    return root / "images" / "a.jpg"
+
+
+def _folder_index(root: Path) -> Case:
+    photo = _own_photos(root)
+    for number, image_id in enumerate(IDS):
+        labels = _labels(number, 4, 9)
+        labels[22:] = 255
+        _write(root / "masks" / f"{image_id}.png", labels)
+    (root / "classes.txt").write_text("4 cat\n9 dog\n")
+    _list(root / "splits" / "train.txt", IDS[2:])
+    _list(root / "splits" / "val.txt", IDS[:2])
+    return Case(FolderSource(root), "a", photo, root / "masks" / "a.png")
+
+
+def _folder_classes(root: Path) -> Case:
+    photo = _own_photos(root)
+    for number, image_id in enumerate(IDS):
+        for class_id, name in ((1, "cat"), (2, "dog")):
+            mask = 255 * (_labels(number) == class_id).astype(np.uint8)
+            if mask.any():
+                _write(root / "masks" / name / f"{image_id}.png", mask)
+    return Case(FolderSource(root), "a", photo, root / "masks" / "cat" / "a.png")
+
+
+def _folder_object(root: Path) -> Case:
+    photo = _own_photos(root)
+    for number, image_id in enumerate(IDS[:3]):  # d has no mask
+        _write(root / "masks" / f"{image_id}.png", (_labels(number) > 0).astype(np.uint8))
+    return Case(FolderSource(root), "a", photo, root / "masks" / "a.png")
+
+
+def _coco_content() -> dict[str, object]:
+    images, annotations = [], []
+    for number, image_id in enumerate(IDS):
+        height, width = _labels(number).shape
+        images.append({"id": number, "file_name": f"{image_id}.jpg", "width": width, "height": height})
+        boxes = [(7, 3, 2, 9 + number, 7, 0)]
+        boxes += [(9, 5, 12, 20, 8, 0), (7, 0, 20, 4, 3, 1)] if number % 2 else []
+        for category, x, y, w, h, crowd in boxes:
+            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "segmentation": _run_lengths(height, width) if crowd else outline,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": crowd,
+                }
+            )
+    categories = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _run_lengths(height: int, width: int) -> dict[str, object]:
+    """The first three pixels of every column from row 20 on, as COCO's uncompressed run lengths."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[20:23, :4] = 1
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    return {"size": [height, width], "counts": np.diff([0, *changes.tolist(), flat.size]).tolist()}
+
+
+def _coco(root: Path) -> Case:
+    for number, image_id in enumerate(IDS):
+        _photo(root / "val2017" / f"{image_id}.jpg", number)
+    (root / "annotations").mkdir()
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(_coco_content()))
+    return Case(CocoSource(root), "val2017/a", root / "val2017" / "a.jpg", path)
+
+
+def _coco_json(root: Path) -> Case:
+    photo = _own_photos(root)
+    path = root / "annotations.json"
+    path.write_text(json.dumps(_coco_content()))
+    return Case(CocoJsonSource(path), "a", photo, path)
+
+
+def _labelme(root: Path) -> Case:
+    for number, image_id in enumerate(IDS):
+        height, width = _labels(number).shape
+        _photo(root / f"{image_id}.jpg", number)
+        boxes = [("cat", 3, 2, 12 + number, 9)] + ([("dog", 5, 12, 25, 20)] if number % 2 else [])
+        shapes = [
+            {"label": label, "points": [[x, y], [r, y], [r, b], [x, b]], "shape_type": "polygon", "group_id": None}
+            for label, x, y, r, b in boxes
+        ]
+        head = {"version": "5.0.1", "flags": {}, "imagePath": f"{image_id}.jpg", "imageData": None}
+        content = {**head, "imageHeight": height, "imageWidth": width, "shapes": shapes}
+        (root / f"{image_id}.json").write_text(json.dumps(content))
+    return Case(LabelmeSource(root), "a", root / "a.jpg", root / "a.json")
+
+
+def _list(path: Path, lines: tuple[str, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+BUILDERS: Mapping[str, Callable[[Path], Case]] = {
+    "voc": _voc,
+    "voc+sbd": _sbd,
+    "fss": _fss,
+    "folder-index": _folder_index,
+    "folder-classes": _folder_classes,
+    "folder-object": _folder_object,
+    "coco": _coco,
+    "coco-json": _coco_json,
+    "labelme": _labelme,
+}
+
+WEAK = ("folder-index", "folder-classes", "folder-object", "coco-json", "labelme")
+
+
+@pytest.fixture(params=BUILDERS)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    """Every source that reads files, with files that the test may damage."""
+    root = tmp_path / "data"
+    root.mkdir()
+    return BUILDERS[request.param](root)
+
+
+@pytest.fixture(params=["synthetic", *BUILDERS])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> MaskSource:
+    """Every source."""
+    if request.param == "synthetic":
+        return SyntheticSource(seed=3, **SYNTHETIC)
+    root = tmp_path / "data"
+    root.mkdir()
+    return BUILDERS[request.param](root).source
+
+
+def scored_ids(source: MaskSource) -> tuple[str, ...]:
+    return tuple(source.ids(source.default_splits[1]))
 
 
 class TestSourceContract:
     def test_is_a_mask_source(self, source: MaskSource) -> None:
         assert isinstance(source, MaskSource)
         assert source.name
+        assert len(source.class_names) > 0
         assert list(source.class_names) == sorted(source.class_names)
-        assert all(0 < class_id < 255 for class_id in source.class_names)
+        assert all(class_id > 0 and name for class_id, name in source.class_names.items())
+
+    def test_folds_are_known_ones_or_none(self, source: MaskSource) -> None:
+        assert source.folds in ("pascal", "coco", None)
+        expected = {"voc": "pascal"}
+        assert source.folds == expected.get(source.name)  # this tiny COCO has not the eighty classes of COCO-20i
+
+    def test_default_splits_exist(self, source: MaskSource) -> None:
+        training, scored = source.default_splits
+        assert len(source.ids(scored)) > 0
+        if source.name != "voc":  # the tiny VOC lists val alone
+            assert len(source.ids(training)) > 0
 
     def test_ids_are_unique_and_stable(self, source: MaskSource) -> None:
-        ids = source.ids("val")
-        assert len(ids) == len(set(ids)) > 0
-        assert tuple(ids) == tuple(source.ids("val"))
+        ids = scored_ids(source)
+        assert len(ids) == len(set(ids)) > 1
+        assert ids == scored_ids(source)
 
     def test_image_is_rgb_bytes(self, source: MaskSource) -> None:
-        for image_id in source.ids("val")[:4]:
+        for image_id in scored_ids(source)[:4]:
             image = source.image(image_id)
             assert image.dtype == np.uint8
             assert image.ndim == 3
@@ -47,133 +270,103 @@ class TestSourceContract:
             np.testing.assert_array_equal(image, source.image(image_id))
 
     def test_masks_agree_with_areas_and_image_size(self, source: MaskSource) -> None:
-        for image_id in source.ids("val"):
+        some = False
+        for image_id in scored_ids(source):
             areas = source.class_areas(image_id)
             assert list(areas) == sorted(areas)
+            assert set(areas) <= set(source.class_names)
             for class_id in source.class_names:
                 mask = source.mask(image_id, class_id)
                 assert mask.dtype == np.uint8
                 assert mask.shape == source.image(image_id).shape[:2]
                 assert set(np.unique(mask)) <= {0, 1, 255}
                 assert int((mask == 1).sum()) == areas.get(class_id, 0)
+                some |= bool((mask == 1).any())
+        assert some
+
+    def test_all_masks_at_once_are_the_masks_one_by_one(self, source: MaskSource) -> None:
+        for image_id in scored_ids(source):
+            masks = source.class_masks(image_id)
+            assert list(masks) == list(source.class_areas(image_id))
+            for class_id, mask in masks.items():
+                assert mask.dtype == np.uint8
+                np.testing.assert_array_equal(mask, source.mask(image_id, class_id))
 
     def test_unknown_split_and_class(self, source: MaskSource) -> None:
         with pytest.raises(DataError, match="no split 'nowhere'"):
             source.ids("nowhere")
         with pytest.raises(DataError, match="class"):
-            source.mask(source.ids("val")[0], 99)
+            source.mask(scored_ids(source)[0], 99)
 
     def test_unknown_id_is_named(self, source: MaskSource) -> None:
-        for read in (source.image, source.class_areas, lambda name: source.mask(name, 1)):
+        known = min(source.class_names)
+        readers = (source.image, source.class_areas, source.class_masks, lambda name: source.mask(name, known))
+        for read in readers:
             with pytest.raises(DataError, match="val-999-0000"):
                 read("val-999-0000")
 
     def test_fingerprint_depends_on_the_ids(self, source: MaskSource) -> None:
-        ids = source.ids("val")
+        ids = scored_ids(source)
         assert source.fingerprint(ids) == source.fingerprint(ids)
         assert source.fingerprint(ids) != source.fingerprint(ids[:-1])
 
     def test_travels_into_workers(self, source: MaskSource) -> None:
-        copy = pickle.loads(pickle.dumps(source))
-        image_id = source.ids("val")[0]
-        np.testing.assert_array_equal(copy.image(image_id), source.image(image_id))
+        image_id = scored_ids(source)[0]
+        expected = source.image(image_id)
+        copy = pickle.loads(pickle.dumps(source))  # after a reading: what is kept in memory must travel as well
+        np.testing.assert_array_equal(copy.image(image_id), expected)
+        assert copy.class_areas(image_id) == source.class_areas(image_id)
+        assert copy.fingerprint([image_id]) == source.fingerprint([image_id])
+
+    @pytest.mark.parametrize("source", WEAK, indirect=True)
+    def test_annotations_are_of_the_photos_size_with_known_values(self, source: MaskSource) -> None:
+        assert isinstance(source, WeaklyAnnotated)
+        for image_id in scored_ids(source):
+            for class_id in source.class_names:
+                for kind in ("mask", "box", "scribble", "point", "label"):
+                    drawn = source.annotation(image_id, class_id, kind)
+                    if drawn is not None:
+                        assert drawn.dtype == np.uint8
+                        assert drawn.shape == source.image(image_id).shape[:2]
+                        assert set(np.unique(drawn)) <= {0, 1, 255}
 
 
-class TestVoc:
-    def test_finds_the_folder_from_above(self, tiny_voc: Path, tmp_path: Path) -> None:
-        (tmp_path / "data" / "VOCdevkit").mkdir(parents=True)
-        tiny_voc.rename(tmp_path / "data" / "VOCdevkit" / "VOC2012")
-        expected = (tmp_path / "data" / "VOCdevkit" / "VOC2012").resolve()
-        for root in (tmp_path / "data", tmp_path / "data" / "VOCdevkit", expected):
-            assert VocSource(root).root == expected
+class TestFileContract:
+    """What holds besides for sources that read files."""
 
-    def test_mask_folder_by_preference_and_by_name(self, tiny_voc: Path) -> None:
-        (tiny_voc / "SegmentationClass").mkdir()
-        assert VocSource(tiny_voc).masks == "SegmentationClassAug"
-        assert VocSource(tiny_voc, "SegmentationClass").masks == "SegmentationClass"
-        (tiny_voc / "SegmentationClassAug").rename(tiny_voc / "elsewhere")
-        assert VocSource(tiny_voc).masks == "SegmentationClass"
+    @pytest.mark.parametrize("which", ["photo", "mask"])
+    def test_fingerprint_sees_a_changed_file(self, case: Case, which: str) -> None:
+        path: Path = getattr(case, which)
+        before = case.source.fingerprint([case.image_id])
+        os.utime(path, ns=(1, 1))
+        touched = case.source.fingerprint([case.image_id])
+        assert touched != before
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=(1, 1))
+        assert case.source.fingerprint([case.image_id]) != touched
 
-    def test_palette_and_grey_masks_give_the_labels(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        palette, grey = "val_01_0", "val_17_0"
-        assert Image.open(source.mask_file(palette)).mode == "P"
-        assert Image.open(source.mask_file(grey)).mode == "L"
-        assert source.class_areas(palette) == {1: 31 * 31}
-        assert source.class_areas(grey) == {17: 31 * 31}
-        assert int((source.mask(palette, 1) == 255).sum()) == 33 * 33 - 31 * 31
+    @pytest.mark.parametrize("content", [b"", b"not a picture", None])
+    def test_damaged_photo_is_named(self, case: Case, content: bytes | None) -> None:
+        half = case.photo.read_bytes()[:300]
+        case.photo.write_bytes(half if content is None else content)
+        with pytest.raises(DataError, match=case.photo.name):
+            case.source.image(case.image_id)
 
-    def test_wrong_root(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"nothing: expected a VOC2012 folder with JPEGImages/.*not exist"):
-            VocSource(tmp_path / "nothing")
-        with pytest.raises(DataError, match=r"has no such folders; name the folder that holds JPEGImages"):
-            VocSource(tmp_path)
+    def test_missing_photo_is_named(self, case: Case) -> None:
+        case.photo.unlink()
+        named = rf"/{case.photo.stem}\."  # a folder of one's own takes any suffix
+        with pytest.raises(DataError, match=named):
+            case.source.image(case.image_id)
+        with pytest.raises(DataError, match=named):
+            case.source.fingerprint([case.image_id])
 
-    def test_wrong_mask_folder(self, tiny_voc: Path) -> None:
-        with pytest.raises(DataError, match=r"expected a mask folder Labels, found .*SegmentationClassAug"):
-            VocSource(tiny_voc, "Labels")
-
-    def test_missing_files(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        source.image_file("val_01_0").unlink()
-        with pytest.raises(SourceError, match=r"val_01_0\.jpg: no such file") as caught:
-            source.image("val_01_0")
-        assert caught.value.kind == "missing"
-        with pytest.raises(SourceError, match=r"val_01_0\.jpg: no such file"):
-            source.fingerprint(["val_01_0"])
-
-    def test_truncated_photo(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        path = source.image_file("val_02_0")
-        path.write_bytes(path.read_bytes()[:400])
-        with pytest.raises(SourceError, match=r"val_02_0\.jpg: photo cannot be decoded .*save the file again"):
-            source.image("val_02_0")
-
-    @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-    def test_damaged_mask(self, tiny_voc: Path, content: bytes) -> None:
-        source = VocSource(tiny_voc)
-        source.mask_file("val_02_0").write_bytes(content)
-        with pytest.raises(SourceError, match=r"val_02_0\.png: mask cannot be decoded"):
-            source.class_areas("val_02_0")
-
-    def test_colour_coded_mask(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        path = source.mask_file("val_02_0")
-        Image.open(path).convert("RGB").save(path)
-        with pytest.raises(SourceError, match=r"val_02_0\.png: mask is colour-coded \(RGB\).*map each colour"):
-            source.mask("val_02_0", 2)
-
-    def test_sixteen_bit_mask(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        path = source.mask_file("val_02_0")
-        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16)).save(path)
-        with pytest.raises(SourceError, match=r"expected P or L.*save it as mode L"):
-            source.mask("val_02_0", 2)
-
-    def test_mask_of_another_size(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        Image.new("L", (10, 20), 2).save(source.mask_file("val_02_0"))
-        width, height = Image.open(source.image_file("val_02_0")).size
-        with pytest.raises(SourceError, match=rf"mask is 10x20, photo val_02_0\.jpg is {width}x{height} pixels"):
-            source.mask("val_02_0", 2)
-
-    def test_unknown_label(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        Image.new("L", (10, 20), 77).save(source.mask_file("val_02_0"))
-        with pytest.raises(SourceError, match=r"expected labels 0\.\.20 and 255, found 77"):
-            source.class_areas("val_02_0")
-
-    def test_error_keeps_its_parts_on_the_way_out_of_a_worker(self) -> None:
-        error = SourceError("a.png", "missing", "no such file", "put it there")
-        copy = pickle.loads(pickle.dumps(error))
-        assert (str(copy), copy.kind) == ("a.png: no such file; put it there", "missing")
-
-    def test_fingerprint_sees_a_changed_file(self, tiny_voc: Path) -> None:
-        source = VocSource(tiny_voc)
-        ids = source.ids("val")
-        before = source.fingerprint(ids)
-        os.utime(source.mask_file(ids[3]), ns=(1, 1))
-        assert source.fingerprint(ids) != before
+    @pytest.mark.parametrize("content", [b"", b"neither picture nor annotation"])
+    def test_damaged_mask_is_named(self, case: Case, content: bytes) -> None:
+        case.mask.write_bytes(content)
+        with pytest.raises(DataError, match=case.mask.name):
+            case.source.class_areas(case.image_id)
+        with pytest.raises(DataError, match=case.mask.name):
+            case.source.mask(case.image_id, min(case.source.class_names))
 
 
 class TestSynthetic:

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
 
-from episodes.sources import SyntheticSource, VocSource
-from episodes.verify import verify
+from episodes.sources import SourceError, SyntheticSource, VocSource
+from episodes.types import DataError, MaskSource, UInt8Array
+from episodes.verify import inspect, report, report_lines, verify
 
 
 def by_kind(root: Path) -> dict[tuple[str, str], str]:
@@ -65,3 +72,164 @@ def test_empty_and_missing_split(tiny_voc: Path) -> None:
     (problem,) = verify(VocSource(tiny_voc), "val")
     assert problem.kind == "missing"
     assert problem.mend == "this data set has: train, trainaug"
+
+
+@dataclass
+class PlainSource:
+    """A source without files, folders or lists: two classes, photos and masks from dictionaries."""
+
+    photos: dict[str, UInt8Array]
+    masks: dict[str, dict[int, UInt8Array]]
+    listed: tuple[str, ...] = ()
+    broken: dict[str, DataError] = field(default_factory=dict)
+    beyond: tuple[SourceError, ...] = ()
+    name: str = "plain"
+    class_names: dict[int, str] = field(default_factory=lambda: {1: "cup", 2: "plate"})
+    default_splits: tuple[str, str] = ("all", "all")
+    folds: None = None
+
+    def ids(self, split: str) -> tuple[str, ...]:
+        if split != "all":
+            raise DataError(f"no split {split!r}; it has all")
+        return self.listed or tuple(self.photos)
+
+    def image(self, image_id: str) -> UInt8Array:
+        return self.photos[image_id]
+
+    def class_masks(self, image_id: str) -> dict[int, UInt8Array]:
+        if image_id in self.broken:
+            raise self.broken[image_id]
+        return self.masks[image_id]
+
+    def class_areas(self, image_id: str) -> dict[int, int]:
+        return {class_id: int((mask == 1).sum()) for class_id, mask in self.class_masks(image_id).items()}
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        masks = self.class_masks(image_id)
+        return masks.get(class_id, np.zeros(self.photos[image_id].shape[:2], np.uint8))
+
+    def fingerprint(self, image_ids: Sequence[str]) -> str:
+        return " ".join(image_ids)
+
+    def problems(self, split: str) -> Iterable[SourceError]:
+        return self.beyond if split == "all" else ()
+
+
+def plain_source(count: int = 4) -> PlainSource:
+    photos = {f"p{n}": np.full((6, 8, 3), n, np.uint8) for n in range(count)}
+    masks = {name: {1 + n % 2: np.ones((6, 8), np.uint8)} for n, name in enumerate(photos)}
+    return PlainSource(photos=photos, masks=masks)
+
+
+def test_the_plain_source_is_a_mask_source_without_problems() -> None:
+    source = plain_source()
+    assert isinstance(source, MaskSource)
+    assert verify(source, "all") == []
+    found = inspect(source, "all")
+    assert (found.name, found.images, found.classes) == ("all", 4, {1: 2, 2: 2})
+
+
+def test_every_present_class_is_compared_with_the_photo() -> None:
+    source = plain_source()
+    source.masks["p2"] = {1: np.ones((6, 8), np.uint8), 2: np.ones((8, 6), np.uint8)}
+    (problem,) = verify(source, "all")
+    assert (problem.file, problem.kind) == ("plain:p2", "size-mismatch")
+    assert problem.message == "mask of class 2 is 6x8, photo is 8x6"
+    assert problem.mend
+
+
+def test_a_bare_data_error_is_pinned_to_its_image_and_the_rest_is_read() -> None:
+    source = plain_source(6)
+    source.broken = {"p0": DataError("polygon has 2 points; draw at least 3"), "p1": DataError("no mend given")}
+    found = {problem.file: problem for problem in verify(source, "all")}
+    assert set(found) == {"plain:p0", "plain:p1"}
+    assert found["plain:p0"].kind == "bad-annotation"
+    assert (found["plain:p0"].message, found["plain:p0"].mend) == ("polygon has 2 points", "draw at least 3")
+    assert (found["plain:p1"].message, found["plain:p1"].mend) == (
+        "no mend given",
+        "mend it or drop the id from the split",
+    )
+
+
+def test_one_unreadable_file_of_many_images_is_one_problem_but_two_faults_of_it_are_two() -> None:
+    source = plain_source(8)
+    whole = SourceError("all.json", "bad-annotation", "not JSON", "write it again")
+    source.broken = {
+        "p0": whole,
+        "p1": whole,
+        "p2": SourceError("all.json", "bad-annotation", "id 7 twice", "drop one"),
+    }
+    assert [problem.message for problem in verify(source, "all")] == ["not JSON", "id 7 twice"]
+
+
+def test_problems_that_only_the_source_knows() -> None:
+    source = plain_source()
+    source.beyond = (SourceError("masks/lonely.png", "missing", "mask without a photo", "add lonely.jpg"),)
+    assert [str(problem) for problem in verify(source, "all")] == [
+        "masks/lonely.png: mask without a photo; add lonely.jpg"
+    ]
+
+
+def test_ids_listed_twice_are_read_once() -> None:
+    source = plain_source()
+    source.listed = ("p0", "p1", "p2", "p0", "p3", "p0")
+    found = inspect(source, "all")
+    assert [(problem.file, problem.kind, problem.message) for problem in found.problems] == [
+        ("plain:all", "duplicate", "id p0 is listed more than once")
+    ]
+    assert (found.images, found.classes) == (4, {1: 2, 2: 2})
+
+
+def test_the_same_photo_under_two_ids(tiny_voc: Path) -> None:
+    source = VocSource(tiny_voc)
+    first, second = source.image_file("val_01_0"), source.image_file("val_01_1")
+    shutil.copyfile(first, second)
+    shutil.copyfile(source.mask_file("val_01_0"), source.mask_file("val_01_1"))
+    (problem,) = [problem for problem in verify(source, "val") if problem.kind == "duplicate"]
+    assert (problem.file, problem.message) == (str(second), f"the same photo as {first}, pixel for pixel")
+    assert "query" in problem.mend
+
+
+def test_photos_with_the_same_bytes_but_another_shape_differ() -> None:
+    source = plain_source(4)
+    source.photos["p1"] = np.zeros((8, 6, 3), np.uint8)  # p0 is zeros of 6 x 8
+    source.masks["p1"] = {2: np.ones((8, 6), np.uint8)}
+    assert verify(source, "all") == []
+
+
+def test_a_class_with_one_image_has_no_episode() -> None:
+    source = plain_source(3)
+    (problem,) = verify(source, "all")
+    assert (problem.kind, problem.message) == ("too-few", "only 1 image of the split shows class 2 (plate)")
+    assert "query" in problem.mend
+
+
+def test_an_unknown_split_without_files_is_the_callers_error() -> None:
+    with pytest.raises(DataError, match="no split 'test'; it has all"):
+        verify(plain_source(), "test")
+
+
+def test_report_as_json_and_as_text_say_the_same(tiny_voc: Path) -> None:
+    source = VocSource(tiny_voc)
+    source.image_file("val_01_0").unlink()
+    found = report(source, [inspect(source, split) for split in ("trainaug", "val")])
+    assert json.loads(json.dumps(found)) == found
+    assert found["source"] == "voc"
+    assert [split["name"] for split in found["splits"]] == ["trainaug", "val"]
+    val = found["splits"][1]
+    assert val["images"] == 32
+    assert val["kinds"] == {"empty-class": 12, "missing": 1}
+    assert val["classes"]["1"] == {"name": "aeroplane", "images": 4 + 2}  # its own, and in a corner of every second 17
+    assert val["classes"]["3"] == {"name": "bird", "images": 0}
+    assert found["problems"] == 25
+    assert found["kinds"] == {"empty-class": 24, "missing": 1}
+    missing = val["problems"][0]
+    assert set(missing) == {"file", "kind", "message", "mend"}
+    assert all(problem["mend"] for split in found["splits"] for problem in split["problems"])
+    lines = report_lines(found)
+    assert lines[:2] == [
+        "trainaug: 32 images, 8 of 20 classes, problems: 12 (12 empty-class)",
+        "val: 32 images, 8 of 20 classes, problems: 13 (12 empty-class, 1 missing)",
+    ]
+    assert len(lines) == 2 + 25
+    assert f"{missing['file']}: {missing['message']}; {missing['mend']}" in lines

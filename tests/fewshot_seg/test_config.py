@@ -28,7 +28,7 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
-from fewshot_seg.experiment import Augment
+from fewshot_seg.fold_data import Augment
 from fewshot_seg.metric_losses import METRIC_LOSSES
 from fewshot_seg.optimisation import SCHEDULES
 from fewshot_seg.priors import PRIOR_CHANNELS

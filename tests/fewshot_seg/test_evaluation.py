@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.index import build_index
+from episodes.protocols import Fit, ShotRule
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
 from episodes.types import IGNORE, DataError, EpisodeSpec, UInt8Array
@@ -27,11 +28,11 @@ from fewshot_seg.evaluation import (
     choose_thresholds,
     evaluate,
     evaluate_heads,
-    evaluate_priors,
 )
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch
 from fewshot_seg.features import FeatureStore, MaskStore
-from fewshot_seg.metrics import prior_scores
+from fewshot_seg.metrics import mean_result
+from fewshot_seg.prior_evaluation import evaluate_priors, prior_scores
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 from fewshot_seg.similarity import cell_weights
@@ -43,7 +44,7 @@ class WideMasks(SyntheticSource):
     """Labels at an original size of their own, with an ignored border."""
 
     def mask(self, image_id: str, class_id: int) -> UInt8Array:
-        wide = super().mask(image_id, class_id).repeat(2, axis=1)[: 50 + int(image_id[-1])]
+        wide = super().mask(image_id, class_id).repeat(2, axis=1)[: 40 + 2 * int(image_id[-1])]
         wide[:3] = IGNORE
         return wide
 
@@ -52,20 +53,28 @@ SOURCE = WideMasks(base_classes=3, novel_classes=2, images_per_class=4, size=SIZ
 SQUARE = SyntheticSource(base_classes=3, novel_classes=2, images_per_class=4, size=SIZE)
 
 
+def draw_specs(*, shots: int, length: int, seed: int = 3) -> tuple[EpisodeSpec, ...]:
+    pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
+    return EpisodeSampler(pairs, shots=shots, seed=seed, length=length, order="random", repeat_supports=False)[:]
+
+
+def cached(backbone: Backbone, specs: Sequence[EpisodeSpec]) -> CachedEpisodes:
+    store = FeatureStore(backbone, SQUARE, size=SIZE, directory=None)
+    return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
+
+
+def draw(backbone: Backbone, *, shots: int, length: int, seed: int = 3) -> CachedEpisodes:
+    return cached(backbone, draw_specs(shots=shots, length=length, seed=seed))
+
+
 @pytest.fixture(scope="module")
 def episodes(tiny_backbone: Backbone) -> CachedEpisodes:
-    pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
-    specs = EpisodeSampler(pairs, shots=2, seed=3, length=LENGTH, order="random", repeat_supports=False)
-    store = FeatureStore(tiny_backbone, SQUARE, size=SIZE, directory=None)
-    return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
+    return draw(tiny_backbone, shots=2, length=LENGTH)
 
 
 @pytest.fixture(scope="module")
 def draw_one(tiny_backbone: Backbone) -> CachedEpisodes:
-    pairs = build_index(SQUARE, "train").pairs(SQUARE.base_class_ids)
-    specs = EpisodeSampler(pairs, shots=1, seed=0, length=1, order="random", repeat_supports=False)
-    store = FeatureStore(tiny_backbone, SQUARE, size=SIZE, directory=None)
-    return CachedEpisodes(store, MaskStore(SQUARE, size=SIZE), specs)
+    return draw(tiny_backbone, shots=1, length=1, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +96,12 @@ def loop_logits(segmenter: FewShotSegmenter, episodes: CachedEpisodes, side: int
         support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
         logits = segmenter.segment_levels(support, batch.query_levels, (side, side)).logits[0]
         yield batch.specs[0], logits
+
+
+def filled_rows(target: UInt8Array) -> int:
+    """Rows of the square that a padded wide photo fills."""
+    assert target.shape[1] > target.shape[0]
+    return SIZE * target.shape[0] // target.shape[1]  # even heights, twice the square's width: exact
 
 
 def count(prediction: Tensor, target: UInt8Array, value: int) -> tuple[int, int]:
@@ -193,6 +208,172 @@ class TestEvaluate:
         assert captured.out == ""
 
 
+@torch.no_grad()
+def one_shot_logits(segmenter: FewShotSegmenter, batch: FeatureBatch, side: int) -> Tensor:
+    """Logits (K, side, side) of a single episode's supports, each as if it were the only one."""
+    found = []
+    for k in range(batch.support_masks.shape[1]):
+        support = segmenter.encode_support_levels(
+            tuple(level[k : k + 1] for level in batch.support_levels), batch.support_masks[:, k : k + 1]
+        )
+        found.append(segmenter.segment_levels(support, batch.query_levels, (side, side)).logits[0])
+    return torch.stack(found)
+
+
+def loop_merge(rule: ShotRule, logits: Tensor, batch: FeatureBatch, threshold: float) -> Tensor:
+    """bool (H, W) of one episode by the words of the rule."""
+    if rule == "vote":
+        votes = sum((one > threshold).float() for one in logits)
+        assert isinstance(votes, Tensor)
+        return votes / max(1.0, votes.max().item()) >= 0.5
+    weights = torch.full((len(logits),), 1 / len(logits))
+    if rule == "reweighted":
+        query = F.normalize(batch.query_levels[0][0].flatten(1), dim=1)
+        supports = [F.normalize(one.flatten(1), dim=1) for one in batch.support_levels[0]]
+        distances = torch.stack([(query @ query.T - one @ one.T).square().sum().sqrt() for one in supports])
+        weights = (-distances / distances.mean()).exp()
+        weights /= weights.sum()
+    return sum(weight * one for weight, one in zip(weights, logits, strict=True)) > threshold  # type: ignore[operator]
+
+
+ONE_BY_ONE: tuple[ShotRule, ...] = ("vote", "mean", "reweighted")
+
+
+class TestShotRules:
+    @pytest.mark.parametrize("rule", ONE_BY_ONE)
+    def test_at_the_square_equals_a_plain_loop(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, rule: ShotRule
+    ) -> None:
+        counts = []
+        for batch in episodes.batches(1):
+            spec = batch.specs[0]
+            found = loop_merge(rule, one_shot_logits(segmenter, batch, SIZE), batch, 0.3).int()
+            target = SQUARE.mask(spec.query_id, spec.class_id)
+            counts.append((spec, count(found, target, 1), count(found, target, 0)))
+        evaluation = evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE, shot_rule=rule, batch_size=4)
+        assert_equals_loop(evaluation, counts)
+        pooled = evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE)
+        assert evaluation.result.miou != pooled.result.miou
+
+    @pytest.mark.parametrize("fit", ["squash", "pad"])
+    @pytest.mark.parametrize("rule", ONE_BY_ONE)
+    def test_at_the_original_sizes_equals_a_plain_loop(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, rule: ShotRule, fit: Fit
+    ) -> None:
+        counts = []
+        for batch in episodes.batches(1):
+            spec = batch.specs[0]
+            target = SOURCE.mask(spec.query_id, spec.class_id)
+            logits = one_shot_logits(segmenter, batch, SIZE)[:, : filled_rows(target) if fit == "pad" else SIZE]
+            logits = F.interpolate(logits[None], target.shape, mode="bilinear", align_corners=False)[0]
+            found = loop_merge(rule, logits, batch, 0.3).int()
+            counts.append((spec, count(found, target, 1), count(found, target, 0)))
+        evaluation = evaluate(
+            segmenter, episodes, scoring_size=None, source=SOURCE, fit=fit, shot_rule=rule, batch_size=4
+        )
+        assert_equals_loop(evaluation, counts)
+
+    @pytest.mark.parametrize("scoring_size", [SIZE, None])
+    def test_one_shot_gives_the_same_by_all_rules(
+        self, segmenter: FewShotSegmenter, tiny_backbone: Backbone, scoring_size: int | None
+    ) -> None:
+        episodes = draw(tiny_backbone, shots=1, length=6)
+        expected = evaluate(segmenter, episodes, scoring_size=scoring_size, source=SOURCE)
+        for rule in ONE_BY_ONE:
+            found = evaluate(segmenter, episodes, scoring_size=scoring_size, source=SOURCE, shot_rule=rule)
+            assert found.result == expected.result
+
+    @pytest.mark.parametrize("rule", ONE_BY_ONE)
+    def test_several_heads_in_one_pass(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, rule: ShotRule
+    ) -> None:
+        heads = {"ours": (segmenter.decoder, 0.3), "prior": (PriorReadout(1), -0.5)}
+        together = evaluate_heads(segmenter, heads, episodes, scoring_size=SIZE, source=SQUARE, shot_rule=rule)
+        alone = evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE, shot_rule=rule)
+        assert together["ours"].result == alone.result != together["prior"].result
+
+    def test_unknown_rule(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        with pytest.raises(DataError, match="no K-shot rule 'median'"):
+            evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE, shot_rule="median")  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="no K-shot rule 'median'"):
+            choose_threshold(segmenter, episodes, shot_rule="median")  # type: ignore[arg-type]
+
+
+class TestPadding:
+    def test_only_the_filled_part_is_enlarged(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        counts = []
+        for spec, logits in loop_logits(segmenter, episodes, SIZE):
+            target = SOURCE.mask(spec.query_id, spec.class_id)
+            filled = logits[None, None, : filled_rows(target)]
+            found = (F.interpolate(filled, target.shape, mode="bilinear", align_corners=False)[0, 0] > 0.3).int()
+            counts.append((spec, count(found, target, 1), count(found, target, 0)))
+        evaluation = evaluate(segmenter, episodes, scoring_size=None, source=SOURCE, fit="pad", batch_size=4)
+        assert_equals_loop(evaluation, counts)
+        squashed = evaluate(segmenter, episodes, scoring_size=None, source=SOURCE)
+        assert squashed.result.miou != evaluation.result.miou
+
+    @pytest.mark.parametrize("tall", [False, True])
+    def test_an_object_found_in_the_square_is_found_in_the_photo(self, tiny_backbone: Backbone, tall: bool) -> None:
+        """Cells of the object are known exactly; the photo fills the upper or the left half of the square."""
+
+        class Originals(SyntheticSource):
+            def mask(self, image_id: str, class_id: int) -> UInt8Array:
+                del image_id, class_id
+                cells = np.zeros((4, 4), np.uint8)
+                cells[1:3, :2] = 1
+                half = cells[:, :2] if tall else cells[:2]
+                return half.repeat(50, axis=0).repeat(50, axis=1)
+
+        class OneObject(Planted):
+            def __len__(self) -> int:
+                return 1
+
+            def batch(self, numbers: range) -> FeatureBatch:
+                del numbers
+                return super().batch(range(1, 2))  # cells (1, 0) to (2, 1)
+
+        planted = OneObject(tiny_backbone)
+        segmenter = training_free(tiny_backbone, channel="prototype similarity").eval()
+        batch = next(planted.batches(1))
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
+        values = segmenter.segment_levels(support, batch.query_levels, (4, 4)).logits
+        segmenter.threshold = float(values.min() + values.max()) / 2
+        score = evaluate(segmenter, planted, scoring_size=None, source=Originals(), fit="pad")
+        squashed = evaluate(segmenter, planted, scoring_size=None, source=Originals())
+        assert score.result.miou > 85 > 60 > squashed.result.miou  # not 100: few cells, enlarged
+
+
+class TestRepeats:
+    def test_parts_are_scored_on_their_own(self, segmenter: FewShotSegmenter, tiny_backbone: Backbone) -> None:
+        specs = draw_specs(shots=2, length=9)
+        parts = [
+            evaluate(segmenter, cached(tiny_backbone, specs[k : k + 3]), scoring_size=SIZE, source=SQUARE)
+            for k in (0, 3, 6)
+        ]
+        found = evaluate(
+            segmenter, cached(tiny_backbone, specs), scoring_size=SIZE, source=SQUARE, repeats=3, batch_size=3
+        )
+        assert found.repeats == tuple(part.result for part in parts)
+        assert found.result == mean_result(found.repeats)
+        assert found.specs == specs
+        assert found.episode_iou.tolist() == [iou for part in parts for iou in part.episode_iou]
+        # batches that reach over the border of two parts
+        crossing = evaluate(
+            segmenter, cached(tiny_backbone, specs), scoring_size=SIZE, source=SQUARE, repeats=3, batch_size=4
+        )
+        assert crossing.result.miou == pytest.approx(found.result.miou, abs=0.1)
+        assert [part.episodes for part in crossing.repeats] == [3, 3, 3]
+
+    def test_a_single_one_is_the_result(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
+        evaluation = evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE)
+        assert evaluation.repeats == (evaluation.result,)
+
+    @pytest.mark.parametrize("repeats", [0, 2, 18])
+    def test_must_be_equal_parts(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, repeats: int) -> None:
+        with pytest.raises(DataError, match=f"9 episodes cannot be scored as {repeats} equal repeats"):
+            evaluate(segmenter, episodes, scoring_size=SIZE, source=SQUARE, repeats=repeats)
+
+
 class Planted:
     """Episodes whose cells are one of two directions, by the mask: any map separates them, above no known value."""
 
@@ -221,6 +402,7 @@ class Planted:
             support_levels=tuple(levels),
             support_masks=masks[:, None],
             support_dense=torch.ones(len(numbers), 1, dtype=torch.bool),
+            support_truth=masks[:, None],
             query_levels=tuple(levels),
             query_masks=masks,
             specs=specs,
@@ -273,6 +455,27 @@ class TestChooseThreshold:
         chosen = choose_thresholds(segmenter, {"ours": segmenter.decoder, "prior": PriorReadout(1)}, episodes)
         assert chosen["ours"] == choose_threshold(segmenter, episodes)
         assert chosen["prior"] != chosen["ours"]
+
+    @pytest.mark.parametrize("rule", ONE_BY_ONE)
+    def test_is_the_best_one_for_a_shot_rule(
+        self, segmenter: FewShotSegmenter, episodes: CachedEpisodes, rule: ShotRule
+    ) -> None:
+        threshold, miou = choose_threshold(segmenter, episodes, shot_rule=rule, batch_size=4)
+
+        def at(value: float) -> float:
+            heads = {"ours": (segmenter.decoder, value)}
+            arguments: dict[str, Any] = {
+                "scoring_size": SIZE // 4,
+                "source": SQUARE,
+                "shot_rule": rule,
+                "batch_size": 4,
+            }
+            return evaluate_heads(segmenter, heads, episodes, **arguments)["ours"].result.miou
+
+        assert at(threshold) == pytest.approx(miou)
+        assert at(threshold - 0.1) <= miou + 0.5
+        assert at(threshold + 0.1) <= miou + 0.5
+        assert at(-100.0) < miou
 
     def test_refuses_a_single_candidate(self, segmenter: FewShotSegmenter, episodes: CachedEpisodes) -> None:
         with pytest.raises(DataError, match="needs at least 2 candidates, got 1"):

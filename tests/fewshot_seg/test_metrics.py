@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import Tensor
-from torchmetrics.classification import BinaryJaccardIndex
+from torchmetrics.classification import BinaryJaccardIndex, MulticlassJaccardIndex
 
-from fewshot_seg.metrics import EpisodeIoU, intersection_union, prior_scores
+from fewshot_seg.metrics import EpisodeIoU, IoUResult, intersection_union, mean_result
+from fewshot_seg.prior_evaluation import prior_scores
 
 
 def episodes(count: int, *, seed: int, side: int = 7) -> tuple[Tensor, Tensor, list[int]]:
@@ -188,6 +189,153 @@ class TestEpisodeIoU:
             EpisodeIoU().compute()
         with pytest.raises(ValueError, match="2 episodes and 1 class ids"):
             score(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), [1])
+
+
+def way_episodes(count: int, *, seed: int, side: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Random three-way predictions and targets with ignored pixels, and class ids out of five classes."""
+    generator = torch.Generator().manual_seed(seed)
+    predictions = torch.randint(0, 4, (count, side, side), generator=generator)
+    values = torch.tensor([0, 0, 1, 2, 3, 255], dtype=torch.uint8)
+    targets = values[torch.randint(0, 6, (count, side, side), generator=generator)]
+    targets[0][targets[0] == 2] = 0  # a way that the query does not show
+    class_ids = torch.stack([torch.randperm(5, generator=generator)[:3] + 4 for _ in range(count)])
+    return predictions, targets, class_ids
+
+
+class TestSeveralWays:
+    def test_plain_loop(self) -> None:
+        predictions, targets, class_ids = way_episodes(6, seed=0)
+        metric = EpisodeIoU(ways=3)
+        metric.update(predictions[:2], targets[:2], class_ids[:2])
+        metric.update(predictions[2:], targets[2:], class_ids[2:].tolist())
+        sums: dict[int, list[int]] = {}
+        objects, ground, each = [0, 0], [0, 0], np.zeros((6, 3))
+        for b in range(6):
+            for way in (1, 2, 3):
+                intersection = union = 0
+                for guess, truth in zip(predictions[b].flatten().tolist(), targets[b].flatten().tolist(), strict=True):
+                    if truth != 255:
+                        intersection += guess == way == truth
+                        union += way in (guess, truth)
+                each[b, way - 1] = 100 * intersection / union
+                total = sums.setdefault(int(class_ids[b, way - 1]), [0, 0])
+                total[0], total[1] = total[0] + intersection, total[1] + union
+            for guess, truth in zip(predictions[b].flatten().tolist(), targets[b].flatten().tolist(), strict=True):
+                if truth != 255:
+                    objects[0] += guess > 0 and truth > 0
+                    objects[1] += guess > 0 or truth > 0
+                    ground[0] += guess == 0 and truth == 0
+                    ground[1] += guess == 0 or truth == 0
+        result = metric.compute()
+        assert result.per_class == pytest.approx({c: 100 * i / u for c, (i, u) in sums.items()})
+        assert result.miou == pytest.approx(np.mean([100 * i / u for i, u in sums.values()]))
+        assert result.fb_iou == pytest.approx(50 * (objects[0] / objects[1] + ground[0] / ground[1]))
+        assert result.episodes == len(metric) == 6
+        assert metric.way_iou() == pytest.approx(each)
+
+    def test_torchmetrics_on_the_pooled_pixels(self) -> None:
+        predictions, targets, _ = way_episodes(5, seed=1)
+        metric = EpisodeIoU(ways=3)
+        metric.update(predictions, targets, [(9, 2, 5)] * 5)
+        index = MulticlassJaccardIndex(num_classes=4, average=None, ignore_index=255)
+        expected = index(predictions, targets.long())[1:].tolist()
+        assert metric.compute().per_class == pytest.approx(
+            {c: 100 * v for c, v in zip((9, 2, 5), expected, strict=True)}, abs=1e-4
+        )
+
+    def test_one_way_is_the_binary_score(self) -> None:
+        predictions, targets, class_ids = episodes(6, seed=3)
+        one = EpisodeIoU(ways=1)
+        one.update(predictions.long(), targets, torch.tensor(class_ids)[:, None])
+        expected = score(predictions, targets, class_ids)
+        assert one.compute() == expected.compute()
+        assert one.way_iou()[:, 0].tolist() == one.episode_iou().tolist() == expected.episode_iou().tolist()
+
+    def test_the_place_of_a_way_does_not_matter(self) -> None:
+        predictions, targets, class_ids = way_episodes(5, seed=2)
+        turned_targets = targets.clone()
+        turned_predictions = predictions.clone()
+        for new, old in enumerate((3, 1, 2), start=1):
+            turned_targets[targets == old] = new
+            turned_predictions[predictions == old] = new
+        metric, turned = EpisodeIoU(ways=3), EpisodeIoU(ways=3)
+        metric.update(predictions, targets, class_ids)
+        turned.update(turned_predictions, turned_targets, class_ids[:, [2, 0, 1]])
+        found, expected = turned.compute(resamples=2), metric.compute(resamples=2)
+        assert (found.miou, found.per_class, found.fb_iou) == (expected.miou, expected.per_class, expected.fb_iou)
+
+    def test_the_bootstrap_draws_episodes_not_ways(self) -> None:
+        """Two ways that are equally good in every episode: drawn singly, the interval would be narrower by 2 ** 0.5."""
+        hits = np.random.default_rng(0).integers(0, 101, 400)
+        line = torch.from_numpy(np.arange(100) < hits[:, None])
+        predictions = torch.cat([line, 2 * line], dim=1)[:, None]
+        targets = torch.cat([torch.ones(400, 100), torch.full((400, 100), 2)], dim=1).to(torch.uint8)[:, None]
+        metric = EpisodeIoU(ways=2)
+        metric.update(predictions, targets, [(1, 2)] * 400)
+        result = metric.compute(resamples=2000)
+        half_width = 1.96 * hits.std() / math.sqrt(400)
+        assert result.miou == pytest.approx(hits.mean())
+        assert result.miou_low == pytest.approx(hits.mean() - half_width, abs=0.15 * half_width)
+        assert result.miou_high == pytest.approx(hits.mean() + half_width, abs=0.15 * half_width)
+
+    def test_bad_requests(self) -> None:
+        with pytest.raises(ValueError, match="at least 1 way, got 0"):
+            EpisodeIoU(ways=0)
+        metric = EpisodeIoU(ways=3)
+        with pytest.raises(ValueError, match=r"class ids of 3-way episodes have shape \(B, 3\), got \(2, 2\)"):
+            metric.update(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), [[1, 2], [1, 2]])
+
+
+class TestRepeats:
+    def test_parts_are_the_episodes_in_order(self) -> None:
+        predictions, targets, class_ids = episodes(6, seed=9)
+        parts = score(predictions, targets, class_ids).split(3)
+        assert len(parts) == 3
+        for k, part in enumerate(parts):
+            rows = slice(2 * k, 2 * k + 2)
+            assert part.compute() == score(predictions[rows], targets[rows], class_ids[rows]).compute()
+
+    @pytest.mark.parametrize("parts", [0, 4])
+    def test_parts_must_be_equal(self, parts: int) -> None:
+        with pytest.raises(ValueError, match=f"6 episodes cannot be divided into {parts} equal parts"):
+            score(*episodes(6, seed=9)).split(parts)
+
+    def test_mean_of_results_by_hand(self) -> None:
+        one = IoUResult(
+            miou=60, miou_low=57, miou_high=63, fb_iou=70, fb_iou_low=69, fb_iou_high=73, per_class={1: 50}, episodes=5
+        )
+        two = IoUResult(
+            miou=50,
+            miou_low=46,
+            miou_high=54,
+            fb_iou=80,
+            fb_iou_low=80,
+            fb_iou_high=80,
+            episodes=7,
+            per_class={1: 40, 2: 60},
+        )
+        mean = mean_result([one, two])
+        assert (mean.miou, mean.fb_iou, mean.episodes) == (55, 75, 12)
+        assert mean.per_class == {1: 45, 2: 60}
+        assert (mean.miou_low, mean.miou_high) == pytest.approx((52.5, 57.5))  # half of (3, 4, 5)
+        assert (mean.fb_iou_low, mean.fb_iou_high) == pytest.approx((74, 76))
+
+    def test_independent_repeats_agree_with_one_long_run(self) -> None:
+        """Four parts of one class with equal unions: the mean's interval is that of all episodes together."""
+        hits = np.random.default_rng(1).integers(0, 101, 800)
+        targets = torch.ones(800, 1, 100, dtype=torch.uint8)
+        metric = score(torch.from_numpy(np.arange(100)[None, None] < hits[:, None, None]), targets, [1] * 800)
+        mean, whole = mean_result([part.compute() for part in metric.split(4)]), metric.compute()
+        assert mean.miou == pytest.approx(whole.miou)
+        assert mean.miou_high - mean.miou_low == pytest.approx(whole.miou_high - whole.miou_low, rel=0.1)
+
+    def test_a_single_result_stays_as_it_is(self) -> None:
+        result = score(*episodes(4, seed=2)).compute()
+        assert mean_result([result]) is result
+
+    def test_nothing_to_average(self) -> None:
+        with pytest.raises(ValueError, match="at least one result"):
+            mean_result([])
 
 
 class TestPriorScores:

@@ -30,9 +30,9 @@ from fewshot_seg.checkpoint import load_similarity, save_similarity
 from fewshot_seg.cli import main
 from fewshot_seg.config import EvaluateConfig
 from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.evaluation import evaluate_priors
-from fewshot_seg.experiment import evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.fold_data import evaluation_episodes, held_out_episodes, open_fold
 from fewshot_seg.method import open_method
+from fewshot_seg.prior_evaluation import evaluate_priors
 from fewshot_seg.retrieval_metrics import reidentification_scores, retrieval_scores
 from fewshot_seg.segmenter import training_free
 from fewshot_seg.similarity import SimilarityNetwork

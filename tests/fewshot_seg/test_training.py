@@ -181,7 +181,7 @@ class TestTrain:
     def test_weights_of_the_losses(self) -> None:
         plain, heavy = run(new_model(), None, steps=1), run(new_model(), None, steps=1, metric_weight=3.0)
         batch = next(tiny_episodes().batches(BATCH))
-        _, metric_loss = episode_losses(new_model().eval(), batch, dice_weight=1)
+        _, metric_loss, _ = episode_losses(new_model().eval(), batch, dice_weight=1)
         assert heavy.losses[0] - plain.losses[0] == pytest.approx(2 * metric_loss.item(), rel=1e-4)
 
     def test_a_readout_trains_the_similarity_network_alone(self) -> None:

@@ -1,0 +1,181 @@
+"""From weak supports to soft masks: what a box, scribble, point or image-level label leaves open is filled in.
+
+A support marked by less than a mask says for every cell how much of it is known to be object, how much is known to be
+background, and how much is open. `estimate_object` fills in the open part without any training: by place first, then
+by likeness to what that made object and background. `SupportCompletion` is a small network that corrects the
+estimate. It is trained on base classes, where the masks behind weak supports are known, and sees no class name: it
+learns which part of a photo a person would mark.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from episodes.types import DataError
+from fewshot_seg.decoder import ConvolutionBlock
+from fewshot_seg.priors import TEMPERATURE, soft_margin
+from fewshot_seg.similarity import masked_average_pool
+
+_COSINE_UNIT = 0.1  # as in the priors
+_CENTRE_WIDTH = 0.5  # variance of the Gaussian that says where objects are when nothing is known; half sides are 1
+_DILATIONS = (1, 2, 4, 1)  # the grid is 25 cells wide: the receptive field must span an object
+_LEAST_SHARE = 1e-4  # of a completed cell in the loss: its logarithm must stay finite
+_HINTS = 9  # channels of `_hints`
+
+
+def open_part(foreground: Tensor, background: Tensor) -> Tensor:
+    """Share of every cell that is not known, float (N, h, w) in [0, 1]."""
+    return (1 - foreground - background).clamp_min(0)
+
+
+def estimate_object(maps: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    """Logits of the object in the open part of weak supports, nothing trained.
+
+    First guess: where background is known (a box), all of the open part; where object is known (scribble, point), the
+    likeness to it, min-max scaled; where nothing is known (image-level label), a Gaussian about the middle of the
+    photo, where photographers put things. Then every cell is compared with what that guess made object and background
+    (`priors.soft_margin`).
+
+    Args:
+        maps: unit-length cells, float (N, D, h, w).
+        foreground, background: float (N, h, w), known shares of every cell.
+
+    Returns:
+        float (N, h, w).
+    """
+    guess = _first_guess(maps, foreground, background)
+    still_open = open_part(foreground, background)
+    cells = maps.flatten(2).transpose(1, 2)
+    sides = (foreground + still_open * guess, background + still_open * (1 - guess))
+    margin = soft_margin(cells, cells, *(side.flatten(1) for side in sides), temperature=TEMPERATURE)
+    return margin.reshape(foreground.shape)
+
+
+def _first_guess(maps: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    centre = _centre(maps).expand_as(foreground)
+    likeness = torch.einsum("ndhw,nd->nhw", maps, F.normalize(masked_average_pool(maps, foreground), dim=1))
+    low, high = likeness.amin((1, 2), keepdim=True), likeness.amax((1, 2), keepdim=True)
+    likeness = (likeness - low) / (high - low).clamp_min(1e-6)
+    guess = torch.where(_any(foreground), likeness, centre)
+    return torch.where(_any(background) & ~_any(foreground), torch.ones_like(guess), guess)
+
+
+def _centre(maps: Tensor) -> Tensor:
+    y, x = _coordinates(maps)
+    return torch.exp(-(y**2 + x**2) / _CENTRE_WIDTH)
+
+
+def _coordinates(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """float (1, h, 1) and (1, 1, w) in [-1, 1]."""
+    height, width = maps.shape[-2:]
+    y = torch.linspace(-1, 1, height, device=maps.device, dtype=maps.dtype)
+    x = torch.linspace(-1, 1, width, device=maps.device, dtype=maps.dtype)
+    return y[None, :, None], x[None, None, :]
+
+
+def _any(known: Tensor) -> Tensor:
+    return (known > 0).flatten(1).any(dim=1)[:, None, None]
+
+
+class SupportCompletion(nn.Module):
+    """Corrects `estimate_object` by what the features look like, and by place.
+
+    Args:
+        feature_channels: channels D of the frozen features.
+        appearance: channels that they are reduced to.
+        width: hidden channels, a multiple of 8.
+        dropout: probability of dropping a reduced or hidden map.
+        seed: seed of the initial values; the global random state is left alone.
+
+    Raises:
+        DataError: a size below 1, or a width that is no multiple of 8.
+    """
+
+    def __init__(
+        self, *, feature_channels: int, appearance: int = 32, width: int = 48, dropout: float = 0.1, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if min(feature_channels, appearance) < 1 or width < 8 or width % 8:
+            raise DataError(
+                f"completion of supports needs channels of at least 1 and a width that is a multiple of 8, got "
+                f"{feature_channels} features, {appearance} appearance channels, width {width}"
+            )
+        self._description = {
+            "feature_channels": feature_channels,
+            "appearance": appearance,
+            "width": width,
+            "dropout": dropout,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+            self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
+            self.entry = ConvolutionBlock(appearance + _HINTS, width, 1)
+            self.blocks = nn.ModuleList(ConvolutionBlock(width, width, 3, dilation) for dilation in _DILATIONS)
+            self.context = nn.Linear(width, width)
+            self.dropout = nn.Dropout2d(dropout)
+            self.exit = nn.Conv2d(width, 1, 1)
+        nn.init.zeros_(self.exit.weight)
+        nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]  # a convolution with bias
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def description(self) -> dict[str, Any]:
+        """Arguments that build it again, all but the seed."""
+        return dict(self._description)
+
+    def forward(self, maps: Tensor, features: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+        """Logits of the object in the open part.
+
+        Args:
+            maps: unit-length cells of the similarity network, float (N, D, h, w).
+            features: unit-length cells of the frozen features, float (N, C, h, w).
+            foreground, background: float (N, h, w), known shares of every cell.
+
+        Returns:
+            float (N, h, w).
+        """
+        estimate = estimate_object(maps, foreground, background)
+        scaled = features * features.shape[1] ** 0.5  # cells are of unit length; this gives channels unit variance
+        hints = _hints(maps, foreground, background, estimate)
+        hidden = self.entry(torch.cat([self.reduce(scaled), hints], dim=1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        hidden = hidden + self.context(hidden.mean(dim=(2, 3)))[:, :, None, None]
+        correction: Tensor = self.exit(self.dropout(F.relu(hidden)))[:, 0]
+        return self.gain * estimate + correction
+
+
+def _hints(maps: Tensor, foreground: Tensor, background: Tensor, estimate: Tensor) -> Tensor:
+    """What is known, what it is like, and where: float (N, 9, h, w)."""
+    likeness = []
+    for side in (foreground, background):
+        prototype = F.normalize(masked_average_pool(maps, side), dim=1)
+        likeness.append(torch.einsum("ndhw,nd->nhw", maps, prototype) / _COSINE_UNIT)
+    y, x = (axis.expand_as(estimate) for axis in _coordinates(maps))
+    has_object = _any(foreground).to(maps.dtype).expand_as(estimate)
+    return torch.stack(
+        [foreground, background, open_part(foreground, background), *likeness, estimate, has_object, x, y], dim=1
+    )
+
+
+def completion_loss(
+    completed_foreground: Tensor, completed_background: Tensor, foreground: Tensor, background: Tensor
+) -> Tensor:
+    """Cross-entropy plus soft Dice of completed supports against the shares of the mask behind them.
+
+    Args:
+        completed_foreground, completed_background: float (N, h, w), known shares with the open part filled in.
+        foreground, background: float (N, h, w), true shares of every cell; ignored area is in neither.
+
+    Returns:
+        Scalar, mean over supports; a support without any valid area adds nothing.
+    """
+    total = foreground + background
+    logarithms = [side.clamp_min(_LEAST_SHARE).log() for side in (completed_foreground, completed_background)]
+    entropy = -(foreground * logarithms[0] + background * logarithms[1]).sum((1, 2))
+    overlap = (completed_foreground * foreground).sum((1, 2))
+    size = (completed_foreground * total).sum((1, 2)) + foreground.sum((1, 2))
+    return (entropy / total.sum((1, 2)).clamp_min(1e-6) + 1 - (2 * overlap + 1) / (size + 1)).mean()

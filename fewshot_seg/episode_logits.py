@@ -1,0 +1,107 @@
+"""Logits of batches of episodes, and what they are compared with: shared by all ways of scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from episodes.augment import fitted_size
+from episodes.protocols import Fit, ShotRule
+from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
+from fewshot_seg.segmenter import FewShotSegmenter
+from fewshot_seg.shot_rules import merge_shots, shot_weights
+from fewshot_seg.similarity import join_levels
+
+Decoder = MaskDecoder | PriorReadout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotLogits:
+    """What the supports say of B queries, not yet merged.
+
+    Attributes:
+        heads: per decoder float (B, K, H, W), a map per support; K = 1 where the rule is ``pooled``.
+        weights: float (B, K), see `shot_rules.shot_weights`.
+        rule: how the K maps become one.
+    """
+
+    heads: Mapping[str, Tensor]
+    weights: Tensor
+    rule: ShotRule
+
+    def margins(self, head: str, threshold: float) -> Tensor:
+        """float (B, H, W), foreground where greater than 0."""
+        return merge_shots(self.heads[head], self.weights, threshold, rule=self.rule)
+
+    def resized_margins(self, head: str, threshold: float, row: int, shape: tuple[int, int], fit: Fit) -> Tensor:
+        """float (H, W) of one query at its label's own size, foreground where greater than 0.
+
+        Every support's map is cropped to the part of the square that the photo fills, and enlarged, before they are
+        merged: votes are votes at the label's size, as in HSNet's code.
+        """
+        logits = self.heads[head][row]
+        height, width = fitted_size(*shape, logits.shape[-1], fit)
+        resized = F.interpolate(logits[None, :, :height, :width], shape, mode="bilinear", align_corners=False)
+        return merge_shots(resized, self.weights[row : row + 1], threshold, rule=self.rule)[0]
+
+
+@torch.no_grad()
+def shot_logits(
+    segmenter: FewShotSegmenter,
+    decoders: Mapping[str, Decoder],
+    batch: FeatureBatch,
+    size: tuple[int, int],
+    *,
+    rule: ShotRule = "pooled",
+) -> ShotLogits:
+    """Logits of size (H, W), on the CPU, of several decoders that read one segmenter's priors, computed once.
+
+    With a rule other than ``pooled`` every support is encoded alone.
+    """
+    batch = batch.to(next(segmenter.backbone.parameters()).device)
+    shots = batch.support_masks.shape[1]
+    maps, features = segmenter.similarity(batch.query_levels), join_levels(batch.query_levels)
+    found: dict[str, list[Tensor]] = {name: [] for name in decoders}
+    for alone in range(1 if rule == "pooled" else shots):
+        chosen = slice(None) if rule == "pooled" else slice(alone, None, shots)  # levels hold episode after episode
+        which = slice(None) if rule == "pooled" else slice(alone, alone + 1)
+        support = segmenter.encode_support_levels(
+            tuple(level[chosen] for level in batch.support_levels),
+            batch.support_masks[:, which],
+            batch.support_dense[:, which],
+        )
+        priors = segmenter.prior_maps(support, batch.query_levels, maps)
+        for name, decoder in decoders.items():
+            logits = decoder(priors, features, support.prototype)[:, None]
+            found[name].append(F.interpolate(logits, size, mode="bilinear", align_corners=False).cpu())
+    low_query, low_support = batch.query_levels[0], batch.support_levels[0]  # the finest level
+    weights = low_query.new_ones(len(low_query), 1)
+    if rule != "pooled":
+        weights = shot_weights(low_query, low_support.reshape(-1, shots, *low_support.shape[1:]), rule=rule)
+    return ShotLogits(
+        heads={name: torch.cat(maps, 1) for name, maps in found.items()}, weights=weights.cpu(), rule=rule
+    )
+
+
+def square_targets(batch: FeatureBatch, side: int) -> Tensor:
+    """Query masks, uint8 (B, side, side): the nearest pixels."""
+    masks = batch.query_masks
+    if side == masks.shape[-1]:
+        return masks
+    return F.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
+
+
+def batches_with_progress(
+    episodes: FeatureEpisodes, batch_size: int, show_progress: bool, title: str, *, ways: int = 1
+) -> Iterator[FeatureBatch]:
+    """Batches of all episodes, with a bar on stderr if wanted; `ways` one-way episodes count as one."""
+    with tqdm(total=len(episodes) // ways, desc=title, unit="episode", disable=not show_progress) as bar:
+        for batch in episodes.batches(batch_size * ways):
+            yield batch
+            bar.update(len(batch.specs) // ways)

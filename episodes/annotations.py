@@ -1,61 +1,76 @@
-"""Weak supports derived from masks, by rule: equal masks give equal annotations.
+"""Weak supports, derived from masks by rules without any chance: equal masks give equal annotations.
 
-An *annotation* is uint8 (H, W): 1 = known object, 0 = known background, 255 = not known. Ignored pixels of the mask
-(255) are known in no annotation. An *object part* is an 8-connected region of pixels of value 1; parts with less than
-5 % of the pixels of the largest are left out, as a person in a hurry would.
+An *annotation* says for every pixel what is known: 1 = object, 0 = background, 255 = not known. What the kinds know:
 
-======== ================================================================= =====================================
-kind     what is known                                                     in the literature
-======== ================================================================= =====================================
-mask     the mask                                                          the usual support
-box      0 outside the tight boxes of all parts, nothing inside            PANet (Wang et al. 2019): box of one random
-                                                                           instance, all of it taken for object
-scribble 1 on one line through the middle of every part                    ScribbleSup (Lin et al. 2016): drawn by
-                                                                           people; PANet: random, from the mask
-point    1 on a disc about the pole of inaccessibility of the largest part What's the Point (Bearman et al. 2016): a
-                                                                           click that people make, near the middle
-label    nothing: only that the object is somewhere                        image-level labels
-======== ================================================================= =====================================
+========  =========================================================  =============================  ==============
+kind      drawn on                                                   1                              0
+========  =========================================================  =============================  ==============
+mask      every pixel                                                the object                     the background
+box       every kept region: its bounding box                        nowhere                        outside boxes
+scribble  every kept region: a line through its middle               the line                       nowhere
+point     the largest region: a disc where it is widest              the disc                       nowhere
+label     nothing: the photo shows an object of the class somewhere  nowhere                        nowhere
+========  =========================================================  =============================  ==============
 
-The scribble joins the two points of a part that are furthest from each other by way of the part, along the cheapest
-path if a step near the outline costs more than one through the middle; a tenth of it is cut off at either end, as
-people do not draw to the tips, and it is smoothed. Its width is 1.5 % of the picture's short side, at least 3 pixels.
-The disc's radius is 1 % of the short side, at least 2 pixels. Both are clipped to the object.
+All else is 255. The rules:
+
+- A *region* is an 8-connected component of the pixels that are 1. It is *kept* if it has at least 5% of the pixels of
+  the largest: crumbs of a mask are no objects that a person would mark. All other pixels, the ignored ones too, count
+  as outside, and so does what is beyond the edge of the photo.
+- Box: tight. What is outside all boxes is 0, ignored pixels and crumbs included: who draws boxes says so.
+- Scribble: the two ends of a region are found by going as far as possible inside it, twice. The path from one to the
+  other is the cheapest where a step costs the more, the closer it is to the border (squared inverse of the distance),
+  on a grid whose long side has at most 100 cells. A tenth is left off at both ends, since nobody draws to the very
+  edge. The line is max(3, 1.5% of the photo's short side) pixels wide and clipped to the region.
+- Point: at the region's pole of inaccessibility, the maximum of the Euclidean distance to the border (of several the
+  first in row order), a disc with a radius of max(2, 1% of the photo's short side) pixels, clipped to the object.
+
+What the literature does beside: ScribbleSup (Lin et al., CVPR 2016) had people draw scribbles for PASCAL VOC, on the
+background too. What's the Point (Bearman et al., ECCV 2016) had them click on objects. PANet (Wang et al., ICCV 2019)
+tests few-shot segmentation with scribbles that the DAVIS robot draws along the longest path of the medial axis, and
+with boxes of instances: in its code the largest instance's box is all object, and what is outside the boxes of all
+instances is background. Here no instances are needed, nothing is drawn on the background, and a box leaves open what
+is inside. Numbers of papers that use other rules can therefore be compared only roughly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
+from scipy import ndimage
+from skimage.graph import MCP_Geometric
 
 from episodes.types import IGNORE, SUPPORT_KINDS, DataError, MaskSource, SupportKind, UInt8Array, WeaklyAnnotated
 
-_TOUCHING = np.ones((3, 3), dtype=np.uint8)  # pixels that meet at a corner belong together
-_LEAST_PART = 0.05  # of the largest part's pixels
-_CELLS = 80  # scribbles are planned on a grid of at most this many cells a side
-_MIDDLE = 8.0  # a step along the outline costs 1 + this many times a step through the middle
-_TIP = 0.1  # share of a scribble that is cut off at either end
+_Region = npt.NDArray[np.bool_]
+_Window = tuple[slice, slice]
+_Cell = tuple[np.intp, ...]
+_Distances = npt.NDArray[np.float32]
 
-FloatArray = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.integer]
-BoolArray = npt.NDArray[np.bool_]
+_TOUCHING = np.ones((3, 3), dtype=bool)  # pixels that meet at a corner belong together
+_KEPT_ONE_IN = 20  # a region is kept if it has at least one pixel for so many of the largest
+_GRID_SIDE = 100  # most cells along the photo's long side when the path of a scribble is searched
+_LEFT_OFF_ONE_IN = 10  # part of a scribble's path that is left off at either end
+_LEAST_WIDTH, _WIDTH = 3, 0.015  # of a scribble: pixels, and part of the photo's short side
+_LEAST_RADIUS, _RADIUS = 2, 0.01  # of a point: likewise
 
 
 def derive_annotation(mask: UInt8Array, kind: SupportKind) -> UInt8Array:
-    """What a person who marks the object by `kind` would have drawn; see the module for the rules.
+    """What a support of this kind knows of a mask, by the rules of this module.
 
     Args:
-        mask: uint8 (H, W), 1 = object, 0 = background, 255 = ignored.
-        kind: how the object is marked.
+        mask: uint8 (H, W), 1 = object, 0 = background, 255 = ignored; left as it is.
+        kind: one of `SUPPORT_KINDS`.
 
     Returns:
-        A new uint8 (H, W) of 0, 1 and 255.
+        uint8 (H, W), a new array: 1 = object, 0 = known background, 255 = not known.
 
     Raises:
-        DataError: unknown kind, or one other than ``mask`` of a mask without object.
+        DataError: an unknown kind; no mask of this form; no object in the mask, which "mask" (it says: all background)
+            and "label" (it says nothing about pixels) do without.
 
     Example:
         >>> mask = np.array([[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]], dtype=np.uint8)
@@ -64,33 +79,34 @@ def derive_annotation(mask: UInt8Array, kind: SupportKind) -> UInt8Array:
                [  0, 255, 255,   0],
                [  0, 255, 255,   0]], dtype=uint8)
     """
-    if kind not in SUPPORT_KINDS:
-        raise DataError(f"no kind of support {kind!r}; known are: {', '.join(SUPPORT_KINDS)}")
-    if mask.dtype != np.uint8 or mask.ndim != 2:
-        raise DataError(f"expected a uint8 mask (H, W) to derive a {kind} from, got {mask.dtype} {mask.shape}")
+    _require_kind(kind)
+    _require_mask(mask)
     if kind == "mask":
         return mask.copy()
+    if kind == "label":
+        return np.full(mask.shape, IGNORE, dtype=np.uint8)
     if not (mask == 1).any():
         raise DataError(
-            f"expected a mask with object pixels (value 1) to derive a {kind} from, got none; "
-            "leave this image out of the supports of the class"
+            f"a support marked by a {kind} needs an object; got a mask of {mask.shape[0]} x {mask.shape[1]} pixels of "
+            "which none is 1: choose another image or class, or mark it by mask or label"
         )
-    if kind == "box":
-        return _boxes(mask)
-    annotation = np.full_like(mask, IGNORE)
-    if kind == "scribble":
-        annotation[_scribble(mask)] = 1
-    elif kind == "point":
-        annotation[_point(mask)] = 1
-    return annotation
+    draw = {"box": _boxes, "scribble": _scribbles, "point": _point}[kind]
+    return draw(mask)
 
 
 def annotation_of(source: MaskSource, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array:
-    """The annotation that somebody drew, if the source has one of this kind; else the one derived from the mask.
+    """What a support knows: what the source has drawn of this kind, else what is derived from its mask.
+
+    Drawn marks are looked for in a `WeaklyAnnotated` source, and then no mask is read; kind "mask" is always the mask.
+
+    Returns:
+        uint8 (H, W): 1 = object, 0 = known background, 255 = not known.
 
     Raises:
-        DataError: neither drawn nor derivable, naming the image.
+        DataError: an unknown kind; nothing drawn and a mask that cannot be marked (names image and class); whatever
+            the source raises.
     """
+    _require_kind(kind)
     if kind != "mask" and isinstance(source, WeaklyAnnotated):
         drawn = source.annotation(image_id, class_id, kind)
         if drawn is not None:
@@ -99,106 +115,103 @@ def annotation_of(source: MaskSource, image_id: str, class_id: int, kind: Suppor
     try:
         return derive_annotation(mask, kind)
     except DataError as error:
-        raise DataError(f"image {image_id!r}, class {class_id}: {error}") from error
+        raise DataError(f"{source.name}: image {image_id!r}, class {class_id}: {error}") from error
 
 
-def _parts(mask: UInt8Array) -> list[tuple[tuple[slice, slice], BoolArray]]:
-    """Window and pixels (within the window) of every part that counts; the largest first, ties in row order."""
-    regions, _ = ndimage.label(mask == 1, structure=_TOUCHING)
-    sizes = np.bincount(regions.ravel())[1:]
-    windows = ndimage.find_objects(regions)
-    kept = [n for n in np.argsort(-sizes, kind="stable").tolist() if sizes[n] >= _LEAST_PART * sizes.max()]
-    return [(windows[n], regions[windows[n]] == n + 1) for n in kept]
+def _require_kind(kind: str) -> None:
+    if kind not in SUPPORT_KINDS:
+        raise DataError(f"supports are marked by {', '.join(SUPPORT_KINDS)}; got {kind!r}: name one of these")
+
+
+def _require_mask(mask: UInt8Array) -> None:
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise DataError(f"a mask must be uint8 (H, W); got {mask.dtype} of shape {mask.shape}: convert it before")
+    foreign = mask[(mask > 1) & (mask != IGNORE)]
+    if foreign.size:
+        raise DataError(
+            f"a mask has the values 0, 1 and {IGNORE}; got {int(foreign[0])}: take the mask of one class, not the "
+            "labels of an image"
+        )
+
+
+def _kept_regions(mask: UInt8Array) -> Iterator[tuple[_Window, _Region]]:
+    """Window in the mask and pixels in the window of every kept region, the largest first, then in row order."""
+    labels, _ = ndimage.label(mask == 1, structure=_TOUCHING)
+    sizes = np.bincount(labels.ravel())[1:]
+    windows = ndimage.find_objects(labels)
+    for n in np.argsort(-sizes, kind="stable").tolist():
+        if _KEPT_ONE_IN * sizes[n] >= sizes.max():
+            yield windows[n], labels[windows[n]] == n + 1
 
 
 def _boxes(mask: UInt8Array) -> UInt8Array:
-    annotation = np.where(mask == IGNORE, mask, np.uint8(0))
-    for window, _ in _parts(mask):
-        annotation[window] = IGNORE
-    return annotation
+    known = np.where(mask == IGNORE, np.uint8(IGNORE), np.uint8(0))  # padding and VOC's outlines are no background
+    for window, _ in _kept_regions(mask):
+        known[window] = IGNORE
+    return known
 
 
-def _point(mask: UInt8Array) -> BoolArray:
-    window, pixels = _parts(mask)[0]
-    depth = _depth(pixels)
-    row, column = np.unravel_index(depth.argmax(), depth.shape)
+def _point(mask: UInt8Array) -> UInt8Array:
+    window, region = next(_kept_regions(mask))
+    room = _distance_to_border(region)
+    y, x = np.unravel_index(room.argmax(), room.shape)
     rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
-    radius = max(2.0, 0.01 * min(mask.shape))
-    away = (rows - row - window[0].start) ** 2 + (columns - column - window[1].start) ** 2
-    disc: BoolArray = (away <= radius**2) & (mask == 1)
-    return disc
+    squares = (rows - window[0].start - y) ** 2 + (columns - window[1].start - x) ** 2
+    radius = max(_LEAST_RADIUS, _RADIUS * min(mask.shape))
+    known = np.full(mask.shape, IGNORE, dtype=np.uint8)
+    known[(squares <= radius**2) & (mask == 1)] = 1
+    return known
 
 
-def _depth(pixels: BoolArray) -> FloatArray:
-    """Distance of every pixel to the nearest one outside; beyond the window all is outside."""
-    padded = np.pad(pixels, 1).astype(np.uint8)
-    return np.asarray(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1])
+def _scribbles(mask: UInt8Array) -> UInt8Array:
+    cell = -(-max(mask.shape) // _GRID_SIDE)
+    reach = (max(_LEAST_WIDTH, _WIDTH * min(mask.shape)) - 1) / 2  # to either side of a thread of one pixel
+    known = np.full(mask.shape, IGNORE, dtype=np.uint8)
+    for window, region in _kept_regions(mask):
+        thread = _thread(region.shape, _middle_line(region, cell))
+        known[window][(cv2.distanceTransform(1 - thread, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= reach) & region] = 1
+    return known
 
 
-def _scribble(mask: UInt8Array) -> BoolArray:
-    cell = -(-max(mask.shape) // _CELLS)
-    width = max(3, round(0.015 * min(mask.shape)))
-    drawn = np.zeros(mask.shape, dtype=np.uint8)
-    for window, pixels in _parts(mask):
-        canvas = np.zeros(pixels.shape, dtype=np.uint8)
-        line = _middle_line(pixels, cell)
-        smooth = ndimage.gaussian_filter1d(line.astype(np.float64), 2.0, axis=0, mode="nearest")
-        points = np.round(smooth[:, ::-1]).astype(np.int32)  # OpenCV's points are (x, y)
-        cv2.polylines(canvas, [points], isClosed=False, color=1, thickness=width)
-        canvas[tuple(line[len(line) // 2])] = 1  # smoothing may cut a bend short: something must be left of it
-        drawn[window] |= canvas & pixels.astype(np.uint8)
-    scribble: BoolArray = drawn == 1
-    return scribble
+def _thread(shape: tuple[int, ...], pixels: npt.NDArray[np.intp]) -> UInt8Array:
+    """uint8 (h, w): 1 on the pixels (N, 2), y and x, and on straight lines of one pixel between them."""
+    thread = np.zeros(shape, dtype=np.uint8)
+    corners = np.ascontiguousarray(pixels[:, ::-1], dtype=np.int32)  # OpenCV has x before y
+    cv2.polylines(thread, [corners], isClosed=False, color=1)
+    thread[pixels[:, 0], pixels[:, 1]] = 1  # OpenCV draws nothing in pictures of one pixel
+    return thread
 
 
-def _middle_line(pixels: BoolArray, cell: int) -> IntArray:
-    """(row, column) of the pixels that the scribble passes, (N, 2): the deepest pixel of each cell on the path."""
-    depth = _depth(pixels)
-    height, width = (-(-side // cell) for side in depth.shape)
-    padding = ((0, height * cell - depth.shape[0]), (0, width * cell - depth.shape[1]))
-    blocks = np.pad(depth, padding).reshape(height, cell, width, cell).swapaxes(1, 2).reshape(height, width, -1)
-    deepest, within = blocks.max(axis=2), blocks.argmax(axis=2)
-    rows, columns = np.nonzero(deepest > 0)
-    path = _path(deepest)
-    rows, columns = rows[path], columns[path]
-    inside = within[rows, columns]
-    return np.stack([rows * cell + inside // cell, columns * cell + inside % cell], axis=1)
+def _distance_to_border(region: _Region) -> _Distances:
+    """Euclidean distance, float32 (h, w), of every pixel to the nearest outside; beyond the window all is outside."""
+    padded = np.pad(region.astype(np.uint8), 1)
+    return np.asarray(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), np.float32)[1:-1, 1:-1]
 
 
-def _path(depth: FloatArray) -> IntArray:
-    """Numbers of the cells, counted in row order among those with depth > 0, on the path through the middle."""
-    deepest = depth[depth > 0]
-    plain, central = _grid_graphs(depth)
-    middle = int(deepest.argmax())
-    start = int(csgraph.dijkstra(plain, indices=middle).argmax())
-    end = int(csgraph.dijkstra(plain, indices=start).argmax())
-    _, before = csgraph.dijkstra(central, indices=start, return_predecessors=True)
-    path = [end]
-    while path[-1] != start:
-        path.append(int(before[path[-1]]))
-    tip = round(_TIP * len(path))
-    return np.array(path[tip : len(path) - tip])
+def _middle_line(region: _Region, cell: int) -> npt.NDArray[np.intp]:
+    """Pixels (N, 2), y and x, of the region, N >= 1, along its middle between two far ends."""
+    room, pixels = _widest_of_cells(_distance_to_border(region), cell)
+    inside = np.where(room > 0, 1.0, -1.0)  # a negative cost is a wall
+    one_end = _farthest(inside, np.unravel_index(room.argmax(), room.shape))
+    other_end = _farthest(inside, one_end)
+    search = MCP_Geometric(np.where(room > 0, (room.max() / np.maximum(room, 1)) ** 2, -1.0))
+    search.find_costs([one_end], [other_end])
+    path = np.array(search.traceback(other_end))
+    left_off = len(path) // _LEFT_OFF_ONE_IN
+    middle = path[left_off : len(path) - left_off]
+    return np.asarray(pixels[middle[:, 0], middle[:, 1]])
 
 
-def _grid_graphs(depth: FloatArray) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """Cells with depth > 0, joined to their eight neighbours: by length, and by length times cost of being outside.
+def _farthest(costs: npt.NDArray[np.float64], start: _Cell) -> _Cell:
+    lengths, _ = MCP_Geometric(costs).find_costs([start])
+    return np.unravel_index(np.where(np.isfinite(lengths), lengths, -1).argmax(), lengths.shape)
 
-    Cells of one part always hang together: blocks of pixels that touch are neighbours.
-    """
-    count = int((depth > 0).sum())
-    number = np.full((depth.shape[0] + 2, depth.shape[1] + 2), -1)
-    number[1:-1, 1:-1][depth > 0] = np.arange(count)
-    cost = 1 + _MIDDLE * (1 - depth[depth > 0] / depth.max()) ** 2
-    here, there, length = [], [], []
-    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        one = number[1:-1, 1:-1]
-        other = number[1 + down : number.shape[0] - 1 + down, 1 + right : number.shape[1] - 1 + right]
-        joined = (one >= 0) & (other >= 0)
-        here.append(one[joined])
-        there.append(other[joined])
-        length.append(np.full(here[-1].size, np.hypot(down, right)))
-    ends = np.concatenate(here + there), np.concatenate(there + here)
-    lengths = np.concatenate(length + length)
-    weighted = lengths * (cost[ends[0]] + cost[ends[1]]) / 2
-    shape = (count, count)
-    return sparse.csr_array((lengths, ends), shape=shape), sparse.csr_array((weighted, ends), shape=shape)
+
+def _widest_of_cells(distance: _Distances, cell: int) -> tuple[_Distances, npt.NDArray[np.intp]]:
+    """Maxima (h, w) of square cells, and the pixels (h, w, 2) where they are; connected regions stay connected."""
+    padded = np.pad(distance, [(0, -side % cell) for side in distance.shape])
+    height, width = padded.shape[0] // cell, padded.shape[1] // cell
+    cells = padded.reshape(height, cell, width, cell).swapaxes(1, 2).reshape(height, width, cell * cell)
+    widest = cells.argmax(axis=2)
+    y, x = widest // cell + cell * np.arange(height)[:, None], widest % cell + cell * np.arange(width)
+    return cells.max(axis=2), np.stack([y, x], axis=2)

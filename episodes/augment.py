@@ -21,20 +21,89 @@ Preset = Literal["none", "flip", "standard", "pfenet", "colour", "strong"]
 
 _ATTEMPTS = 6
 _MIN_SIZE = 8
-_MEAN = (124, 116, 104)  # of ImageNet: what lies beyond a turned photo is zero after the backbone's normalisation
-_PFENET_SIDE = 500 / 473  # PFENet crops squares of 473 pixels from VOC's photos, whose long side is 500
-_RESIZED: dict[str, Any] = {
-    "interpolation": cv2.INTER_LINEAR,
-    "mask_interpolation": cv2.INTER_NEAREST_EXACT,  # plain NEAREST sits half a pixel off the image
-    "area_for_downscale": "image",  # bilinear alone aliases when it shrinks
-}
-_TURNED: dict[str, Any] = {
-    "interpolation": cv2.INTER_LINEAR,
-    "mask_interpolation": cv2.INTER_NEAREST,
-    "border_mode": cv2.BORDER_CONSTANT,
-    "fill": _MEAN,
-    "fill_mask": IGNORE,
-}
+_MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what PFENet fills with, and about 0 after normalisation
+
+
+def _resize(size: int) -> Any:
+    return A.Resize(
+        size,
+        size,
+        interpolation=cv2.INTER_LINEAR,
+        mask_interpolation=cv2.INTER_NEAREST_EXACT,  # plain NEAREST sits half a pixel off the image
+        area_for_downscale="image",  # bilinear alone aliases when it shrinks
+    )
+
+
+def _resize_long_side(sizes: int | list[int]) -> Any:
+    """Aspect kept; of several sizes one is drawn."""
+    return A.LongestMaxSize(
+        sizes,
+        interpolation=cv2.INTER_LINEAR,
+        mask_interpolation=cv2.INTER_NEAREST_EXACT,
+        area_for_downscale="image",
+    )
+
+
+def _pad(size: int) -> Any:
+    return A.PadIfNeeded(size, size, position="top_left", border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE)
+
+
+def _random_crop(size: int, smallest: float) -> Any:
+    return A.RandomResizedCrop(
+        (size, size),
+        scale=(smallest, 1.0),
+        ratio=(0.75, 1.3333),
+        interpolation=cv2.INTER_LINEAR,
+        mask_interpolation=cv2.INTER_NEAREST_EXACT,  # plain NEAREST sits half a pixel off the image
+        area_for_downscale="image",
+    )
+
+
+def _pfenet_geometry(size: int, fit: Fit) -> list[Any]:
+    """RandScale, RandRotate and Crop of PFENet's train.py, of photos brought to `size` before."""
+    sizes = list(range(round(0.9 * size), round(1.1 * size) + 1))
+    return [
+        *([_resize(size)] if fit == "squash" else []),
+        _resize_long_side(sizes),
+        A.Rotate(limit=(-10, 10), fill=_MEAN_COLOUR, fill_mask=IGNORE, p=0.5),
+        A.RandomCrop(size, size, pad_if_needed=True, fill=_MEAN_COLOUR, fill_mask=IGNORE),
+    ]
+
+
+def _strong_geometry(size: int) -> list[Any]:
+    turned = A.Affine(scale=(0.7, 1.3), keep_ratio=True, rotate=(-25, 25), fill=_MEAN_COLOUR, fill_mask=IGNORE, p=0.7)
+    return [turned, _random_crop(size, 0.2)]
+
+
+def _colour(strength: float) -> Any:
+    around = (1 - strength, 1 + strength)
+    hue = 0.15 * strength
+    return A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=(-hue, hue), p=0.8)
+
+
+def _photometry(preset: Preset) -> list[Any]:
+    if preset in ("standard", "colour"):
+        return [_colour(0.2)]
+    if preset == "pfenet":  # OpenCV's 5 x 5 kernel, as RandomGaussianBlur of PFENet
+        return [A.GaussianBlur(blur_limit=(5, 5), sigma_limit=(1.1, 1.1), p=0.5)]
+    if preset == "strong":
+        return [_colour(0.4), A.ToGray(p=0.15), A.GaussianBlur(sigma_limit=(0.5, 2.0), p=0.25)]
+    return []
+
+
+def _compositions(preset: Preset, size: int, fit: Fit) -> tuple[Any, Any | None]:
+    """The whole picture made square, and the random part of it for presets that crop."""
+    changed = [*([] if preset in ("none", "colour") else [A.HorizontalFlip(p=0.5)]), *_photometry(preset)]
+    # Padded last: then the photo stays at the top left when mirrored, and the padding stays black.
+    whole = [_resize(size), *changed] if fit == "squash" else [_resize_long_side(size), *changed, _pad(size)]
+    part: list[Any] = []
+    if preset == "standard":
+        part = [_random_crop(size, 0.4)]
+    elif preset == "pfenet":
+        part = _pfenet_geometry(size, fit)
+    elif preset == "strong":
+        part = _strong_geometry(size)
+    return A.Compose(whole), A.Compose([*part, *changed]) if part else None
 
 
 def fitted_size(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]:
@@ -49,70 +118,31 @@ def fitted_size(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _crop(preset: Preset, size: int) -> list[Any] | None:
-    """Steps that take a random part of the photo, size x size; None if the preset shows whole photos."""
-    if preset == "standard":
-        return [A.RandomResizedCrop((size, size), scale=(0.4, 1.0), ratio=(0.75, 1.3333), **_RESIZED)]
-    if preset == "strong":
-        return [
-            A.Affine(scale=(0.75, 1.25), rotate=(-20, 20), keep_ratio=True, p=0.8, **_TURNED),
-            A.RandomResizedCrop((size, size), scale=(0.25, 1.0), ratio=(0.6, 1.6667), **_RESIZED),
-        ]
-    if preset == "pfenet":
-        sides = range(round(0.9 * _PFENET_SIDE * size), round(1.1 * _PFENET_SIDE * size) + 1)
-        return [
-            A.LongestMaxSize(list(sides), **_RESIZED),
-            A.Rotate((-10, 10), p=0.5, **_TURNED),
-            A.RandomCrop(size, size, pad_if_needed=True, fill=_MEAN, fill_mask=IGNORE),
-        ]
-    return None
-
-
-def _changes(preset: Preset) -> list[Any]:
-    """Steps that keep the size: mirroring, colours and blur."""
-    mirrored = A.HorizontalFlip(p=0.5)
-    mild = A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.03, 0.03), p=0.8)
-    vivid = A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.5, 1.5), hue=(-0.06, 0.06), p=0.8)
-    photometric = [vivid, A.ToGray(p=0.1), A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.3)]
-    steps: dict[Preset, list[Any]] = {
-        "none": [],
-        "flip": [mirrored],
-        "standard": [mirrored, mild],
-        # OpenCV's own width for the kernel of five pixels that PFENet blurs with is 1.1.
-        "pfenet": [A.GaussianBlur(blur_limit=(5, 5), sigma_limit=(1.1, 1.1), p=0.5), mirrored],
-        "colour": photometric,
-        "strong": [mirrored, *photometric],
-    }
-    return steps[preset]
-
-
 class EpisodeTransform:
     """Square tensors from an image and its mask, both moved alike; random only through `seed`.
 
-    ======== ========================================================================================
-    preset   what happens
-    ======== ========================================================================================
-    none     the whole picture, fitted into the square
-    flip     the same, mirrored left-right half of the time
-    standard 40 to 100 % of the picture, stretched to the square; mirrored; mild changes of colours
-    pfenet   PFENet's training: long side 0.9 to 1.1 times 500/473 of the square's, half of the time
-             turned by up to 10 degrees, half of the time blurred, mirrored, cropped to the square
-    colour   the whole picture; strong changes of colours, sometimes grey, sometimes blurred
-    strong   scaled by 0.75 to 1.25 and turned by up to 20 degrees, then 25 to 100 % of the picture;
-             mirrored; colours as in ``colour``. Meant for supports
-    ======== ========================================================================================
+    The presets:
 
+    - ``none``: the whole picture, by area or bilinear; its mask by nearest, so that mask values stay exact.
+    - ``flip``: mirrored left-right half of the time.
+    - ``colour``: brightness, contrast, saturation and hue changed mildly; the geometry of ``none``.
+    - ``standard``: a crop of 40 to 100 % of the picture, stretched to the square; mirror and colours as above.
+    - ``pfenet``: scaled by 0.9 to 1.1, turned by up to 10 degrees half of the time, blurred half of the time, mirrored,
+      and cropped to `size` at random, with padding around what is smaller. This is the training transform of
+      dvlab-research/PFENet (train.py, util/transform.py) but for two differences: the picture is fitted to `size`
+      first, and a crop is drawn again by the rule below instead of below 85 % of the foreground's pixels.
+    - ``strong``: mostly scaled by 0.7 to 1.3 and turned by up to 25 degrees, then a crop of 20 to 100 %, mirrored;
+      colours changed twice as much, sometimes grey, sometimes blurred.
+
+    Where turning, scaling or cropping leaves nothing to show, the image has ImageNet's mean colour and the mask 255.
     A crop that would lose more than half of the foreground's share is drawn again, and after six draws the whole
-    picture is taken. The image is resized by area or bilinearly and the mask by nearest neighbour: its values stay
-    exact, and an annotation (see `episodes.annotations`) passes as a mask does. Beyond the edges of a turned or
-    shrunk picture the image has ImageNet's mean colour and the mask 255.
+    picture is taken, unturned.
 
     Args:
-        preset: as above.
+        preset: one of these.
         size: side of the square in pixels, at least 8.
-        fit: how a whole picture becomes square: ``squash`` stretches it; ``pad`` keeps its aspect: its long side
-            becomes `size`, and right of it or below the image is black and the mask 255, as PFENet and RePRI do in
-            testing (they round the sides down to multiples of 8 besides; see `fitted_size`).
+        fit: how a whole picture becomes square: ``squash`` stretches it; ``pad`` keeps its aspect, its long side
+            becomes `size`, it lies at the top left, mirrored or not, and the rest is black, 255 in the mask.
 
     Raises:
         DataError: unknown preset or fit, or size too small.
@@ -121,20 +151,14 @@ class EpisodeTransform:
     def __init__(self, preset: Preset, size: int, fit: Fit = "squash") -> None:
         if preset not in get_args(Preset):
             raise DataError(f"no augmentation {preset!r}; known are: {', '.join(get_args(Preset))}")
-        if fit not in get_args(Fit):
-            raise DataError(f"no way {fit!r} to fit a photo into a square; known are: {', '.join(get_args(Fit))}")
         if size < _MIN_SIZE:
             raise DataError(f"image size must be at least {_MIN_SIZE} pixels, got {size}")
+        if fit not in get_args(Fit):
+            raise DataError(f"no fit {fit!r}; known are: {', '.join(get_args(Fit))}")
         self.preset: Preset = preset
         self.size = size
-        if fit == "squash":
-            self._whole = A.Compose([A.Resize(size, size, **_RESIZED), *_changes(preset)])
-        else:  # padded last: mirrored photos stay at the left, and colours leave the padding black
-            padding = A.PadIfNeeded(size, size, position="top_left", fill=0, fill_mask=IGNORE)
-            self._whole = A.Compose([A.LongestMaxSize(size, **_RESIZED), *_changes(preset), padding])
-        crop = _crop(preset, size)
-        self._cropped = None if crop is None else A.Compose([*crop, *_changes(preset)])
-        self._keeps_aspect = preset == "pfenet"
+        self.fit: Fit = fit
+        self._whole, self._cropped = _compositions(preset, size, fit)
 
     def __call__(self, image: UInt8Array, mask: UInt8Array, *, seed: int) -> tuple[Tensor, Tensor]:
         """Transform one image and its mask.

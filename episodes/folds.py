@@ -13,10 +13,10 @@ _CLASSES: dict[FoldedDataset, int] = {"pascal": 20, "coco": 80}
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Class ids to train on and class ids to be scored on; no class is in both.
+    """Class ids to train on, which may be none, and class ids to be scored on; no class is in both.
 
     Raises:
-        DataError: a class on both sides, or an empty side.
+        DataError: a class on both sides, or nothing to be scored.
     """
 
     base: tuple[int, ...]
@@ -26,9 +26,8 @@ class ClassSplit:
         shared = sorted(set(self.base) & set(self.novel))
         if shared:
             raise DataError(f"classes {shared} are both base and novel; keep each on one side")
-        if not self.base or not self.novel:
-            empty = "base" if not self.base else "novel"
-            raise DataError(f"a class split needs classes on both sides, but there is no {empty} class")
+        if not self.novel:
+            raise DataError("a class split needs classes to be scored, but there is no novel class; name one or more")
 
 
 def _check(fold: int) -> int:

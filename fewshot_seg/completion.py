@@ -21,7 +21,7 @@ from fewshot_seg.priors import TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
 
 _COSINE_UNIT = 0.1  # as in the priors
-_CENTRE_WIDTH = 0.5  # variance of the Gaussian that says where objects are when nothing is known; half sides are 1
+_CENTRE_WIDTH = 0.5  # twice the variance of the Gaussian that says where objects are when nothing is known; half sides are 1
 _DILATIONS = (1, 2, 4, 1)  # the grid is 25 cells wide: the receptive field must span an object
 _LEAST_SHARE = 1e-4  # of a completed cell in the loss: its logarithm must stay finite
 _HINTS = 9  # channels of `_hints`
@@ -96,7 +96,7 @@ class SupportCompletion(nn.Module):
     """
 
     def __init__(
-        self, *, feature_channels: int, appearance: int = 32, width: int = 48, dropout: float = 0.1, seed: int = 0
+        self, *, feature_channels: int, appearance: int = 16, width: int = 48, dropout: float = 0.3, seed: int = 0
     ) -> None:
         super().__init__()
         if min(feature_channels, appearance) < 1 or width < 8 or width % 8:
@@ -104,6 +104,7 @@ class SupportCompletion(nn.Module):
                 f"completion of supports needs channels of at least 1 and a width that is a multiple of 8, got "
                 f"{feature_channels} features, {appearance} appearance channels, width {width}"
             )
+        self.feature_channels = feature_channels
         self._description = {
             "feature_channels": feature_channels,
             "appearance": appearance,

@@ -52,10 +52,11 @@ def soft_margin(
         float (B, M) within [-2/t, 2/t]. A side that no support shows counts as opposite (cosine -1).
     """
     cosine = torch.einsum("bmd,bnd->bmn", query_cells, support_cells)
-    return _log_density_ratio(cosine, foreground, background, temperature)
+    return log_density_ratio(cosine, foreground, background, temperature=temperature)
 
 
-def _log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, temperature: float) -> Tensor:
+def log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, *, temperature: float) -> Tensor:
+    """`soft_margin` of cells whose cosines, float (B, M, N), are at hand."""
     kernel = cosine.sub(1).div_(temperature).exp_()  # in place on the difference: the largest tensor here
     least = max(math.exp(-2 / temperature), 1e-30)  # the kernel at cosine -1
     weights = torch.stack([foreground, background], dim=2)
@@ -98,6 +99,11 @@ def nearest_similarity(cosine: Tensor, weights: Tensor) -> Tensor:
     return cosine.masked_fill((weights < 0.5)[:, None], -1.0).amax(dim=2)
 
 
+def cell_cosines(query_maps: Tensor, support_cells: Tensor) -> Tensor:
+    """Cosines of query cells with support cells, all of unit length: (B, D, h, w) and (B, N, D) -> (B, h*w, N)."""
+    return torch.einsum("bmd,bnd->bmn", query_maps.flatten(2).transpose(1, 2), support_cells)
+
+
 def similarity_priors(
     query_maps: Tensor,
     support_cells: Tensor,
@@ -107,6 +113,7 @@ def similarity_priors(
     background_embedding: Tensor,
     *,
     temperature: float = TEMPERATURE,
+    cosine: Tensor | None = None,
 ) -> Tensor:
     """The maps named in `PRIOR_CHANNELS`, in comparable units (log-ratio, or a tenth of a cosine).
 
@@ -116,13 +123,14 @@ def similarity_priors(
         foreground, background: float (B, N).
         foreground_embedding, background_embedding: unit-length float (B, D), pooled over the supports.
         temperature: see `soft_margin`.
+        cosine: `cell_cosines` of the first two, if they are at hand.
 
     Returns:
         float (B, 6, h, w). The gradient attention is that of the margin, with its sign.
     """
     batch, _, height, width = query_maps.shape
     query_cells = query_maps.flatten(2).transpose(1, 2)
-    cosine = torch.einsum("bmd,bnd->bmn", query_cells, support_cells)
+    cosine = cell_cosines(query_maps, support_cells) if cosine is None else cosine
     to_foreground = torch.einsum("bmd,bd->bm", query_cells, foreground_embedding)
     to_background = torch.einsum("bmd,bd->bm", query_cells, background_embedding)
     query_embedding = F.normalize(query_maps.mean(dim=(2, 3)), dim=1)
@@ -131,7 +139,7 @@ def similarity_priors(
     # Undo the constant factor 1 / (|GAP| h w) of the gradient: what remains is a difference of cosines.
     attention = attention * query_maps.mean(dim=(2, 3)).norm(dim=1)[:, None, None] * height * width
     maps = [
-        _log_density_ratio(cosine, foreground, background, temperature),
+        log_density_ratio(cosine, foreground, background, temperature=temperature),
         (to_foreground - to_background) / _COSINE_UNIT,
         to_foreground / _COSINE_UNIT,
         attention.flatten(1) / _COSINE_UNIT,

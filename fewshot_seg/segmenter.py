@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from episodes.types import DataError
+from episodes.types import IGNORE, DataError
 from fewshot_seg.attention import (
     ATTENTION_KINDS,
     AttentionKind,
@@ -21,7 +21,14 @@ from fewshot_seg.attention import (
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
-from fewshot_seg.priors import PRIOR_CHANNELS, TEMPERATURE, pfenet_prior, similarity_priors, soft_margin
+from fewshot_seg.priors import (
+    PRIOR_CHANNELS,
+    TEMPERATURE,
+    cell_cosines,
+    log_density_ratio,
+    pfenet_prior,
+    similarity_priors,
+)
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights, join_levels
 
 PriorKind = Literal["similarity", "pfenet", "none"]
@@ -56,9 +63,14 @@ class SupportEncoding:
 
     @property
     def frozen_foreground(self) -> Tensor:
-        """float (B, K, h, w), fraction of each cell of `frozen` that is foreground."""
+        """float (B, K, h, w), fraction of each cell of `frozen` that is foreground.
+
+        Open cells that are more likely background are left out: PFENet's prior gives every cell of the object the
+        same weight however small its fraction.
+        """
         batch, shots, _, height, width = self.frozen.shape
-        return self.foreground.reshape(batch, shots, height, width)
+        unlikely = (self.open > 0.5) & (self.share < 0.5)
+        return self.foreground.masked_fill(unlikely, 0).reshape(batch, shots, height, width)
 
     def expand(self, queries: int) -> SupportEncoding:
         """One support shared by a batch of queries (no copy). Raises ValueError if B is neither 1 nor `queries`."""
@@ -112,8 +124,8 @@ class FewShotSegmenter(nn.Module):
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
 
     Raises:
-        DataError: decoder, prior, similarity network and backbone do not fit together, a temperature that is not
-            positive, or an unknown kind.
+        DataError: decoder, prior, completion, similarity network and backbone do not fit together, a temperature that
+            is not positive, or an unknown kind.
     """
 
     def __init__(
@@ -139,6 +151,11 @@ class FewShotSegmenter(nn.Module):
             raise DataError(f"temperature of the soft margin must be greater than 0, got {temperature}")
         if tuple(similarity.channels) != backbone.channels:
             raise DataError(f"similarity network reads {similarity.channels}, backbone gives {backbone.channels}")
+        if completion is not None and completion.feature_channels != similarity.width:
+            raise DataError(
+                f"the backbone gives {similarity.width} feature channels, the completion reads "
+                f"{completion.feature_channels}"
+            )
         _check_decoder(decoder, prior_channels(prior, completion=completion is not None), prior, similarity.width)
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
         self.completion = completion
@@ -161,7 +178,8 @@ class FewShotSegmenter(nn.Module):
                 are completed. All are masks by default.
 
         Raises:
-            DataError: shapes that do not fit, or an episode whose masks are without any foreground.
+            DataError: shapes that do not fit, or an episode whose supports cannot show an object: no mask with
+                foreground, and no weak support that leaves anything open.
         """
         if images.dim() != 5 or images.shape[2] != 3 or masks.shape != (*images.shape[:2], *images.shape[3:]):
             raise DataError(
@@ -181,8 +199,9 @@ class FewShotSegmenter(nn.Module):
     ) -> SupportEncoding:
         """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
         batch, shots = masks.shape[:2]
-        weak = torch.zeros_like(masks[:, :, 0, 0], dtype=torch.bool) if dense is None else ~dense
-        if not bool(((masks == 1).flatten(2).any(dim=2) | weak).any(dim=1).all()):
+        weak = _weak(masks, dense)
+        possible = (masks == 1) | ((masks == IGNORE) & weak[:, :, None, None])
+        if not bool(possible.flatten(1).any(dim=1).all()):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
         foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
         joined = join_levels(levels)
@@ -248,14 +267,15 @@ class FewShotSegmenter(nn.Module):
             return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
         if self.prior == "pfenet":
             return pfenet_prior(join_levels(levels), support.frozen, support.frozen_foreground)[:, None]
-        priors = self._similarity_priors(support, maps)
+        cosine = cell_cosines(maps, support.cells)
+        priors = self._similarity_priors(support, maps, cosine)
         if not self.training and bool((support.open > 0).any()):
-            priors = self._similarity_priors(self._second_look(support, maps, priors[:, 0]), maps)
+            priors = self._similarity_priors(self._second_look(support, cosine, priors[:, 0]), maps, cosine)
         if self.completion is None:
             return priors
         return torch.cat([priors, self._objectness(levels, maps)[:, None]], dim=1)
 
-    def _similarity_priors(self, support: SupportEncoding, maps: Tensor) -> Tensor:
+    def _similarity_priors(self, support: SupportEncoding, maps: Tensor, cosine: Tensor) -> Tensor:
         return similarity_priors(
             maps,
             support.cells,
@@ -264,19 +284,19 @@ class FewShotSegmenter(nn.Module):
             support.foreground_embedding,
             support.background_embedding,
             temperature=self.temperature,
+            cosine=cosine,
         )
 
-    def _second_look(self, support: SupportEncoding, maps: Tensor, margin: Tensor) -> SupportEncoding:
+    def _second_look(self, support: SupportEncoding, cosine: Tensor, margin: Tensor) -> SupportEncoding:
         """Weak supports completed again, in the light of the query: what it seems to share with them is their object.
 
         Args:
             support: B encoded supports.
-            maps: float (B, D, h, w), cells of the query.
+            cosine: float (B, h*w, K*h*w), of the query's cells with the supports'.
             margin: float (B, h, w), the query's soft margin by the supports as they were completed first.
         """
         found = margin.flatten(1).sigmoid()
-        cells = maps.flatten(2).transpose(1, 2)
-        likeness = soft_margin(support.cells, cells, found, 1 - found, temperature=self.temperature)
+        likeness = log_density_ratio(cosine.transpose(1, 2), found, 1 - found, temperature=self.temperature)
         share = (support.share.logit(eps=_LEAST_SHARE) + likeness).sigmoid()
         change = support.open * (share - support.share)
         foreground, background = support.foreground + change, support.background - change
@@ -340,6 +360,18 @@ def _check_decoder(decoder: MaskDecoder | PriorReadout, maps: int, prior: PriorK
         raise DataError(f"prior {prior!r} has {maps} maps, the decoder reads {decoder.prior_channels}")
     if decoder.appearance and decoder.feature_channels != features:
         raise DataError(f"the backbone gives {features} feature channels, the decoder reads {decoder.feature_channels}")
+
+
+def _weak(masks: Tensor, dense: Tensor | None) -> Tensor:
+    """bool (B, K), which supports are marked by less than a mask."""
+    if dense is None:
+        return torch.zeros(masks.shape[:2], dtype=torch.bool, device=masks.device)
+    if dense.dtype != torch.bool or dense.shape != masks.shape[:2]:
+        raise DataError(
+            f"expected bool (B, K) = {tuple(masks.shape[:2])} to say which supports are masks, got {dense.dtype} "
+            f"{tuple(dense.shape)}"
+        )
+    return ~dense
 
 
 def _pool(cells: Tensor, weights: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def train(
     """Train in place with AdamW.
 
     Args:
-        segmenter: its similarity network and decoder are trained; the backbone stays frozen.
+        segmenter: its similarity network, decoder and completion (if any) are trained; the backbone stays frozen.
         episodes: at least steps * batch_size of them; step s takes episodes s*batch_size and following.
         steps, batch_size: optimiser steps and episodes per step.
         learning_rate, weight_decay, schedule: of AdamW; see `learning_rate_at`.

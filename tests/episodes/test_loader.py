@@ -1,25 +1,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform
 from episodes.index import build_index
-from episodes.loader import EpisodeDataset, episode_loader
+from episodes.loader import EpisodeDataset, episode_loader, support_kinds
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import DataError, EpisodeBatch, UInt8Array
+from episodes.types import SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, SupportKind, UInt8Array
 
 SOURCE = SyntheticSource(base_classes=4, novel_classes=2, images_per_class=4, size=48)
 
 
-def make_dataset(shots: int = 2, length: int = 7) -> EpisodeDataset:
+def make_dataset(shots: int = 2, length: int = 7, supports: Sequence[SupportKind] = ("mask",)) -> EpisodeDataset:
     pairs = build_index(SOURCE, "train").pairs(SOURCE.base_class_ids)
     sampler = EpisodeSampler(pairs, shots=shots, seed=1, length=length, order="random", repeat_supports=False)
     standard = EpisodeTransform("standard", 32)
-    return EpisodeDataset(SOURCE, sampler, standard, standard)
+    return EpisodeDataset(SOURCE, sampler, standard, standard, supports=supports)
 
 
 def same(one: EpisodeBatch, two: EpisodeBatch) -> bool:
@@ -37,6 +40,10 @@ def test_batch_shapes_and_types() -> None:
     assert batch.query_masks.shape == (3, 32, 32)
     assert batch.support_images.dtype == batch.query_images.dtype == torch.float32
     assert batch.support_masks.dtype == batch.query_masks.dtype == torch.uint8
+    assert batch.support_truth.shape == batch.support_masks.shape
+    assert batch.support_truth.dtype == torch.uint8
+    assert batch.support_dense.shape == (3, 2)
+    assert batch.support_dense.dtype == torch.bool
     assert batch.class_ids.dtype == torch.int64
     assert batch.class_ids.tolist() == [spec.class_id for spec in batch.specs]
 
@@ -106,3 +113,73 @@ def test_bad_arguments() -> None:
         episode_loader(dataset, batch_size=1, start=8)
     with pytest.raises(DataError, match="must have one size, got 32 and 64"):
         EpisodeDataset(SOURCE, [], EpisodeTransform("none", 32), EpisodeTransform("none", 64))
+
+
+def spec_of(seed: int, shots: int) -> EpisodeSpec:
+    return EpisodeSpec(class_id=1, support_ids=tuple(f"s{k}" for k in range(shots)), query_id="q", seed=seed)
+
+
+@pytest.mark.parametrize("kind", SUPPORT_KINDS)
+def test_one_kind_marks_every_support(kind: SupportKind) -> None:
+    assert support_kinds(spec_of(7, 3), (kind,)) == (kind, kind, kind)
+
+
+def test_of_several_kinds_the_seed_draws_one_for_each_support() -> None:
+    offered: tuple[SupportKind, ...] = ("mask", "box", "point")
+    drawn = [support_kinds(spec_of(seed, 5), offered) for seed in range(300)]
+    assert drawn == [support_kinds(spec_of(seed, 5), offered) for seed in range(300)]
+    assert all(len(kinds) == 5 for kinds in drawn)
+    counts = Counter(kind for kinds in drawn for kind in kinds)
+    assert set(counts) == set(offered)
+    assert all(400 < count < 600 for count in counts.values())  # 500 each; the deviation is 18
+    assert any(len(set(kinds)) > 1 for kinds in drawn)  # within an episode, too
+
+
+def test_first_supports_are_marked_alike_for_any_number_of_shots() -> None:
+    for seed in range(20):
+        assert support_kinds(spec_of(seed, 5), SUPPORT_KINDS)[:2] == support_kinds(spec_of(seed, 2), SUPPORT_KINDS)
+
+
+def test_supports_must_be_marked_somehow() -> None:
+    with pytest.raises(DataError, match="name at least one of mask, box, scribble, point, label"):
+        support_kinds(spec_of(0, 1), ())
+
+
+@pytest.mark.parametrize("kind", SUPPORT_KINDS)
+def test_marks_are_derived_from_the_transformed_mask(kind: SupportKind) -> None:
+    for marked, plain in zip(make_dataset(supports=(kind,)), make_dataset(), strict=True):
+        assert marked.support_dense.tolist() == [[kind == "mask"] * 2]
+        assert torch.equal(marked.support_truth, plain.support_masks)
+        for known, mask in zip(marked.support_masks[0], plain.support_masks[0], strict=True):
+            expected = torch.from_numpy(derive_annotation(mask.numpy(), kind))
+            assert torch.equal(known, expected)
+        for field in ("support_images", "query_images", "query_masks", "class_ids"):
+            assert torch.equal(getattr(marked, field), getattr(plain, field))  # only the marks differ
+
+
+def test_mixed_supports_are_marked_as_drawn_and_do_not_depend_on_workers() -> None:
+    batches = list(episode_loader(make_dataset(shots=3, supports=SUPPORT_KINDS), batch_size=4))
+    for batch in batches:
+        kinds = [support_kinds(spec, SUPPORT_KINDS) for spec in batch.specs]
+        assert batch.support_dense.tolist() == [[kind == "mask" for kind in one] for one in kinds]
+        for row, one in enumerate(kinds):
+            for shot, kind in enumerate(one):
+                expected = derive_annotation(batch.support_truth[row, shot].numpy(), kind)
+                assert torch.equal(batch.support_masks[row, shot], torch.from_numpy(expected))
+    assert not all(batch.support_dense.all() for batch in batches)
+    together = list(episode_loader(make_dataset(shots=3, supports=SUPPORT_KINDS), batch_size=4, workers=1))
+    assert all(same(a, b) for a, b in zip(batches, together, strict=True))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SUPPORT_KINDS if kind != "mask"])
+def test_nothing_is_known_of_a_support_whose_object_is_lost(kind: SupportKind) -> None:
+    class Lost(SyntheticSource):
+        def mask(self, image_id: str, class_id: int) -> UInt8Array:
+            return super().mask(image_id, class_id) * 0
+
+    source = Lost(base_classes=4, novel_classes=2, images_per_class=4, size=48)
+    plain = EpisodeTransform("none", 48)
+    spec = EpisodeSpec(class_id=1, support_ids=("train-001-0001",), query_id="train-001-0000", seed=0)
+    batch = EpisodeDataset(source, [spec], plain, plain, supports=(kind,))[0]
+    assert (batch.support_masks == 255).all()
+    assert (batch.support_truth == 0).all()

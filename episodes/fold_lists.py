@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from episodes.folds import ClassSplit, class_split, held_out_split
+from episodes.ignored_classes import IgnoredClasses
 from episodes.index import ClassIndex, build_index
 from episodes.n_way import NWaySampler
 from episodes.protocols import EpisodeProtocol, Pair, QueryDraw, evaluation_pairs, query_pairs, training_pairs
@@ -49,12 +50,27 @@ class FoldLists:
         return {"training": self.training_index.fingerprint, "evaluation": self.evaluation_index.fingerprint}
 
     @property
+    def training_source(self) -> MaskSource:
+        """What trains: the source, with novel classes at 255 where the protocol ignores them."""
+        ignoring = self.protocol.novel_in_training == "ignored"
+        return IgnoredClasses(self.source, frozenset(self.split.novel)) if ignoring else self.source
+
+    def check_base(self) -> None:
+        """Raises DataError where there is nothing to train on."""
+        if not self.split.base:
+            raise DataError(
+                f"there is nothing to train on: all classes of {self.source.name} are to be scored; name those with "
+                "--novel-classes and train on the others"
+            )
+
+    @property
     def choices(self) -> ClassSplit:
         """`held_out`. Raises DataError where no classes are held out."""
+        self.check_base()
         if self.held_out is None:
             raise DataError(
                 f"{self.source.name} has too few base classes to hold some out for choices: name fewer "
-                "--novel-classes, give a --threshold, or train with --no-select-threshold"
+                "--novel-classes, or train with --no-select-threshold"
             )
         return self.held_out
 
@@ -228,6 +244,8 @@ def drawable(
     if not kept:
         names = _names(lists, left_out or lists.split.novel)
         found = f"has too few images of {names}" if left_out else f"finds no image of the wanted classes ({names})"
+        if lists.protocol.min_area > 1:
+            found += f", counting those with {lists.protocol.min_area} pixels of the class and more,"
         raise DataError(
             f"no {shots}-shot episodes: protocol {lists.protocol.name} {found} in {lists.source.name}; "
             "choose another --fold, fewer --shots, or add images"

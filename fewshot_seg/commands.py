@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> int:
 
 def evaluate_method(config: EvaluateConfig) -> int:
     """Score a model or a prior map on the novel classes."""
-    listed = None if config.episodes is None else read_episodes(config.episodes)
+    file, listed = config.episodes, None if config.episodes is None else read_episodes(config.episodes)
     if listed is not None:
         config = of_episodes(config, listed)
     method, data = open_on_data(config, show_progress=True)
@@ -102,6 +102,7 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "method": method.name,
         "threshold": method.segmenter.threshold,
         "threshold_origin": method.threshold_origin,
+        "episodes_file": None if file is None else str(file),
         "episodes_fingerprint": fingerprint_episodes(specs),
         "left_out": [data.source.class_names[class_id] for class_id in left_out],
         "seconds": evaluation.seconds,

@@ -21,7 +21,7 @@ from fewshot_seg.priors import TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
 
 _COSINE_UNIT = 0.1  # as in the priors
-_CENTRE_WIDTH = 0.5  # twice the variance of the Gaussian that says where objects are when nothing is known; half sides are 1
+_CENTRE_WIDTH = 0.5  # twice the variance of the Gaussian that says where unknown objects are; half sides are 1
 _DILATIONS = (1, 2, 4, 1)  # the grid is 25 cells wide: the receptive field must span an object
 _LEAST_SHARE = 1e-4  # of a completed cell in the loss: its logarithm must stay finite
 _HINTS = 9  # channels of `_hints`

@@ -88,7 +88,7 @@ def data_show(config: ShowConfig) -> int:
     specs = draw(lists, index, pairs, shots=config.shots, count=config.count, seed=config.seed, order="random")
     size, fit = config.resolution or lists.protocol.resolution, lists.protocol.fit
     dataset = EpisodeDataset(
-        lists.source,
+        lists.training_source if training else lists.source,
         specs,
         EpisodeTransform(config.support_augment, size, fit),
         EpisodeTransform(config.query_augment, size, fit),
@@ -103,7 +103,8 @@ def data_show(config: ShowConfig) -> int:
     )
     page = config.out / "index.html"
     figures = [Figure(path=path, caption=f"page {number}") for number, path in enumerate(pages, 1)]
-    heading = f"{lists.source.name}, {config.part}: supports {config.support_augment}, queries {config.query_augment}"
+    part = "training" if training else "evaluation"
+    heading = f"{lists.source.name}, {part}: supports {config.support_augment}, queries {config.query_augment}"
     write_page(page, title="fewshot-seg data show", sections=[Section(heading=heading, figures=figures)])
     record = {"verb": "data show", "configuration": config.as_json(), "environment": environment()}
     write_json(config.out / RUN_NAME, record)

@@ -10,10 +10,9 @@ from typing import Literal
 from episodes.augment import EpisodeTransform, Preset
 from episodes.fold_lists import FoldLists, draw, evaluation_specs, open_lists
 from episodes.folds import ClassSplit
-from episodes.ignored_classes import IgnoredClasses
 from episodes.loader import EpisodeDataset
 from episodes.protocols import EpisodeProtocol, list_pairs, training_pairs
-from episodes.types import DataError, EpisodeSpec, MaskSource, SupportKind
+from episodes.types import EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import DEFAULT_BYTE_BUDGET, FeatureStore, MaskStore
@@ -33,14 +32,13 @@ class FoldData(FoldLists):
     Attributes:
         backbone: as given.
         store, masks: features and masks at `resolution`.
-        training_source, training_masks: what trains, where a protocol ignores novel classes.
+        training_masks: those of `training_source`.
         resolution: side of the square.
     """
 
     backbone: Backbone
     store: FeatureStore
     masks: MaskStore
-    training_source: MaskSource
     training_masks: MaskStore
     resolution: int
 
@@ -79,15 +77,13 @@ def open_fold(
     size, fit = resolution or lists.protocol.resolution, lists.protocol.fit
     directory = None if cache is None else cache / "features"
     masks = MaskStore(source, size=size, fit=fit)
-    ignoring = lists.protocol.novel_in_training == "ignored"
-    training_source = IgnoredClasses(source, frozenset(lists.split.novel)) if ignoring else source
+    training_source = lists.training_source
     return FoldData(
         **vars(lists),
         backbone=backbone,
         store=FeatureStore(backbone, source, size=size, directory=directory, fit=fit, byte_budget=byte_budget),
         masks=masks,
-        training_source=training_source,
-        training_masks=MaskStore(training_source, size=size, fit=fit) if ignoring else masks,
+        training_masks=masks if training_source is source else MaskStore(training_source, size=size, fit=fit),
         resolution=size,
     )
 
@@ -119,11 +115,7 @@ def training_episodes(
     Raises:
         DataError: no base class, or no episodes of them.
     """
-    if not classes.base:
-        raise DataError(
-            f"there is nothing to train on: all classes of {data.source.name} are to be scored; name those with "
-            "--novel-classes and train on the others"
-        )
+    data.check_base()
     pairs = training_pairs(data.protocol, data.training_index, classes)
     specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
     presets = [augment if support_augment is None else support_augment, augment]

@@ -153,8 +153,8 @@ def _split_pair(pair: str) -> tuple[Path, Path]:
             return photo, mask
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
         raise DataError(
-            f"--support {pair!r}: expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or PHOTO:box=X0,Y0,X1,Y1, "
-            "PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone"
+            f"--support {pair!r}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
+            "PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone"
         )
     return candidates[-1]
 

@@ -191,12 +191,17 @@ def check_classes(name: str, notes: Mapping[str, Any], data: FoldData) -> None:
     """Raises DataError when a model, by the notes of its file, was trained on classes that a fold scores as novel."""
     if notes.get("source") != data.source.name:
         return
-    seen = sorted(set(notes.get("base_classes", [])) & set(data.split.novel))
+    class_names = data.source.class_names
+    if data.fold is None and "base_class_names" in notes:  # folders of one's own may number their classes otherwise
+        known = set(notes["base_class_names"])
+        seen = [class_id for class_id in data.split.novel if class_names[class_id] in known]
+    else:
+        seen = sorted(set(notes.get("base_classes", [])) & set(data.split.novel))
     if seen:
-        names = ", ".join(data.source.class_names[class_id] for class_id in seen)
+        names = ", ".join(class_names[class_id] for class_id in seen)
         if data.fold is None:
             raise DataError(
-                f"{name} was trained on {names}, which are to be scored; name the classes that it has not seen with "
+                f"{name} was trained on {names}, to be scored here; name the classes that it has not seen with "
                 "--novel-classes"
             )
         raise DataError(
@@ -222,7 +227,10 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         resolution=config.resolution,
         show_progress=show_progress,
     )
+    data.check_base()
+    held_out = list(data.choices.novel) if config.select_threshold else []  # before anything is written: both may raise
     record = run_record("train", config, data)
+    record["data"]["held_out_classes"] = held_out
     write_json(config.out / RUN_NAME, record | {"results": None})
     trained = train_configured(data, config, folder=config.out, show_progress=show_progress)
     results = {
@@ -237,6 +245,7 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         backbone_weights=config.backbone_weights,
         resolution=data.resolution,
         notes={**record["data"], "source": data.source.name, "protocol": data.protocol.name, "shots": config.shots}
+        | {"base_class_names": [data.source.class_names[class_id] for class_id in data.split.base]}
         | results,
     )
     write_json(config.out / RUN_NAME, record | {"results": results})
@@ -286,9 +295,14 @@ def of_episodes(config: EvaluateConfig, listed: EpisodeFile) -> EvaluateConfig:
     """The configuration with what a file of episodes brings: shots, ways, fold, protocol.
 
     Raises:
-        DataError: another fold or protocol was asked for.
+        DataError: another fold or protocol was asked for, or its protocol is one of somebody's own and none is given.
     """
     protocol = listed.protocol.removesuffix(" (synthetic)")
+    if protocol not in PROTOCOL_NAMES and config.protocol is None and config.protocol_file is None:
+        raise DataError(
+            f"{config.episodes} is of protocol {protocol[:40]!r}, which has no rules here for size and scoring; give "
+            "its --protocol-file, or another --protocol to score by"
+        )
     changes: dict[str, Any] = {"shots": listed.shots, "ways": listed.ways}
     for name, brought in (("fold", listed.fold), ("protocol", protocol if protocol in PROTOCOL_NAMES else None)):
         given = getattr(config, name)

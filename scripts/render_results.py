@@ -42,11 +42,13 @@ def fold_means(records: Sequence[Record]) -> list[Record]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if not record["metric"].startswith("IoU: "):
-            groups.setdefault(tuple(record[key] for key in ("task", "shots", "method", "metric")), []).append(record)
+            key = tuple(record[key] for key in ("task", "shots", "support", "method", "metric"))
+            groups.setdefault(key, []).append(record)
     means = []
     for group in groups.values():
         mean = sum(record["value"] for record in group) / len(group)
         record = group[0] | {"fold": "mean", "value": mean, "episodes": sum(one["episodes"] for one in group)}
+        record.pop("episodes_fingerprint", None)  # each fold has its own
         if "low" in record:
             half = sum(((one["high"] - one["low"]) / 2) ** 2 for one in group) ** 0.5 / len(group)
             record |= {"low": mean - half, "high": mean + half}
@@ -69,9 +71,14 @@ def render(source: Path, target: Path) -> None:
         lines += ["", f"## {data}", "", _provenance(of_data)]
         for shots in sorted({record["shots"] for record in of_data if record["task"] == "segmentation"}):
             for metric in ("mIoU", "FB-IoU"):
-                chosen = _select(of_data, task="segmentation", shots=shots, metric=metric)
+                chosen = _select(of_data, task="segmentation", shots=shots, metric=metric, support="mask")
                 lines += ["", f"### {metric}, {shots}-shot", "", *_table(chosen)]
             lines += ["", f"### IoU per class, {shots}-shot", "", *_class_table(of_data, shots)]
+        weak = {record["method"] for record in of_data if record["support"] not in ("mask", "none")}
+        supports = [one for one in _select(of_data, task="segmentation", metric="mIoU") if one["method"] in weak]
+        for shots in sorted({record["shots"] for record in supports}):
+            lines += ["", f"### Weaker supports: mIoU, {shots}-shot", "", _SUPPORTS, ""]
+            lines += _support_table(_select(supports, shots=shots))
         for task, classes in _MAP_TASKS.items():
             for metric in ("AUC", "best-IoU"):
                 chosen = _select(of_data, task=task, metric=metric)
@@ -101,6 +108,26 @@ _MAPS = {
     "AUC": "Mean over episodes of the area under the ROC curve of the map's values against the mask.",
     "best-IoU": "Mean over episodes of the IoU at each episode's own best threshold (an upper bound, not a method).",
 }
+
+
+_SUPPORTS = (
+    "The same episodes with supports marked by less than a mask (rules: docs/data.md). Mean of the folds, then each "
+    "fold; the last column is the mean's share of the same method's with masks."
+)
+
+
+def _support_table(records: Sequence[Record]) -> list[str]:
+    """One row a method and kind of support."""
+    by_place = {(record["method"], record["support"], record["fold"]): record for record in records}
+    folds = [fold for fold in ("mean", 0, 1, 2, 3) if any(record["fold"] == fold for record in records)]
+    heading = [f"fold {fold}" if fold != "mean" else "mean" for fold in folds]
+    rows = [f"| method | support | {' | '.join(heading)} | of mask |", f"|---|---|{'---|' * (len(folds) + 1)}"]
+    for method, support in dict.fromkeys((record["method"], record["support"]) for record in records):
+        cells = [_cell(by_place.get((method, support, fold))) for fold in folds]
+        one, mask = by_place.get((method, support, "mean")), by_place.get((method, "mask", "mean"))
+        share = f"{100 * one['value'] / mask['value']:.0f} %" if one and mask else ""
+        rows.append(f"| {method} | {support} | {' | '.join(cells)} | {share} |")
+    return rows
 
 
 _RETRIEVAL = (

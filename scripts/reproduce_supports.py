@@ -35,6 +35,8 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 
 MIX: tuple[SupportKind, ...] = ("label", "label", *SUPPORT_KINDS)
 """What supports of training episodes are marked by: image-level labels, the hardest, come three times in seven."""
+TRAINED = "ours, trained on all kinds of supports"
+BARE = "soft margin alone, training-free"  # as reproduce_pascal calls it
 SHOTS = (1, 5)
 STEPS = 160
 HELD_OUT_EPISODES = 200
@@ -56,11 +58,10 @@ def main() -> None:
         "data": benchmark_name(data),
         "protocol": protocol.name,
         "seeds": [protocol.seed],
-        "task": "supports",
         **provenance(),
     }
     records = [described | record for fold in per_fold for record in fold]
-    merge_records(arguments.results, [*records, *fold_means(records)], replace_tasks=("supports",))
+    merge_records(arguments.results, [*records, *fold_means(records)])
     render(arguments.results, arguments.results.with_suffix(".md"))
 
 
@@ -96,14 +97,14 @@ def _trained(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> l
     notes = {"source": data.source.name, "fold": fold, "base_classes": data.split.base, "supports": MIX}
     model = folder / "model.safetensors"
     save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=data.resolution, notes=notes)
-    records = _cells(data, folder, "trained on all kinds", (trained.segmenter, trained.selection), SHOTS, quick)
+    records = _cells(data, folder, TRAINED, (trained.segmenter, trained.selection), SHOTS, quick)
     return [record | {"fold": fold} for record in records]
 
 
 def _bare(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list[dict[str, Any]]:
     data, folder = _open(fold, root, cache), out / f"fold{fold}"
     bare = training_free(data.backbone)
-    return [record | {"fold": fold} for record in _cells(data, folder, "nothing trained", (bare, bare), (1,), quick)]
+    return [record | {"fold": fold} for record in _cells(data, folder, BARE, (bare, bare), (1,), quick)]
 
 
 def _cells(
@@ -151,7 +152,7 @@ def _score(
         source=data.source,
     )
     result = evaluation.result
-    base = {"shots": shots, "support": kind, "method": method, "episodes": result.episodes}
+    base = {"task": "segmentation", "shots": shots, "support": kind, "method": method, "episodes": result.episodes}
     base["episodes_fingerprint"] = fingerprint_episodes(evaluation.specs)
     return [
         base | {"metric": "mIoU", "value": result.miou, "low": result.miou_low, "high": result.miou_high},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import runpy
 import shutil
@@ -44,11 +43,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path / "cache"))
 
 
+class FewPictures(SyntheticSource):
+    """The command line's generated pictures, but few."""
+
+    def __init__(self, **given: int) -> None:
+        super().__init__(**{"base_classes": 6, "novel_classes": 2, "images_per_class": 4, **given})
+
+
 @pytest.fixture
 def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = functools.partial(SyntheticSource, base_classes=6, novel_classes=2, images_per_class=4)
-    monkeypatch.setattr("fewshot_seg.runs.SyntheticSource", few)
-    monkeypatch.setattr("fewshot_seg.demo.SyntheticSource", few)
+    monkeypatch.setattr("fewshot_seg.runs.SyntheticSource", FewPictures)
+    monkeypatch.setattr("fewshot_seg.demo.SyntheticSource", FewPictures)
 
 
 def train(root: Path, out: Path, *more: str) -> int:
@@ -98,7 +103,7 @@ def test_train_evaluate_explain_predict(tiny_voc: Path, tmp_path: Path, capsys: 
 
     scored = tmp_path / "scored"
     assert (
-        main(["evaluate", *root, "--model", str(model), "--out", str(scored), "--episodes", "12", "--shots", "2"]) == 0
+        main(["evaluate", *root, "--model", str(model), "--out", str(scored), "--count", "12", "--shots", "2"]) == 0
     )
     printed = capsys.readouterr().out
     assert "PASCAL-5i/32, fold 0, 2-shot, protocol hsnet" in printed
@@ -165,7 +170,7 @@ def test_resumed_training_ends_with_the_same_weights(
 def test_prior_alone_gets_its_threshold_from_base_classes(
     tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", "--root", str(tiny_voc), *TINY, *SIZE, "--episodes", "6", "--scoring", "original"]
+    arguments = ["evaluate", "--root", str(tiny_voc), *TINY, *SIZE, "--count", "6", "--scoring", "original"]
     assert main([*arguments, "--out", str(tmp_path / "a"), "--prior-map", "gradient attention"]) == 0
     assert "gradient attention, training-free" in capsys.readouterr().out
     chosen = read(tmp_path / "a" / "evaluation.json")
@@ -231,7 +236,7 @@ class TestBadInput:
         assert "does not exist" in message
 
     def test_no_root(self, error_of: Callable[..., str]) -> None:
-        assert error_of("train").startswith("--data voc needs --root DIR")
+        assert error_of("train").startswith("--data voc needs --root, the VOC2012 folder that holds JPEGImages/")
 
     def test_empty_fold(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
         split = tiny_voc / "ImageSets" / "Segmentation" / "val.txt"
@@ -241,7 +246,7 @@ class TestBadInput:
             *("evaluate", "--root", str(tiny_voc), "--fold", "3", *TINY, *SIZE),
             *("--threshold", "0", "--out", str(tmp_path / "e")),
         )
-        assert "no episodes of this fold" in message
+        assert "no 1-shot episodes: protocol hsnet finds no image of the wanted classes" in message
         assert "pottedplant, sheep, sofa, train, tvmonitor" in message
         assert not (tmp_path / "e").exists()
 
@@ -275,7 +280,7 @@ class TestBadInput:
         split.write_text("val_01_0\nval_02_0\nval_02_2\n")
         arguments = ("--root", str(tiny_voc), *TINY, *SIZE, "--threshold", "0", "--out", str(tmp_path / "e"))
         message = error_of("evaluate", *arguments, "--shots", "5")
-        assert "class 1 has 1 image(s), but 5-shot episodes need at least 2" in message
+        assert "no 5-shot episodes: protocol hsnet has too few images of aeroplane" in message
 
     def test_unknown_key(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
         file = tmp_path / "run.toml"
@@ -286,7 +291,10 @@ class TestBadInput:
         photo, mask = (tiny_voc / name for name in ("JPEGImages/val_01_0.jpg", "SegmentationClassAug/val_01_0.png"))
         arguments = ("--support", f"{photo}:{mask}", "--query", str(photo), *TINY)
         message = error_of("predict", *arguments, "--prior-map", "prototype margin")
-        assert message == "--prior-map 'prototype margin' has no threshold of its own; give one with --threshold"
+        assert message == (
+            "--prior-map 'prototype margin' has no threshold of its own, and there are no base classes to choose one on; "
+            "give one with --threshold"
+        )
 
     def test_missing_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
         message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(tmp_path / "m.safetensors"))
@@ -319,7 +327,7 @@ class TestBadInput:
             (["train", "--steps", "x"], "argument --steps: invalid int value: 'x'; see fewshot-seg train --help"),
             ([], "the following arguments are required: VERB; see fewshot-seg --help"),
             (["predict"], "missing --support: PHOTO:MASK pairs"),
-            (["train", "--data", "coco"], "--data must be one of voc, synthetic; got 'coco'"),
+            (["train", "--data", "ade"], "--data must be one of voc, coco, fss, folder, coco-json, labelme, synthetic; got 'ade'"),
         ],
     )
     def test_wrong_flags(self, error_of: Callable[..., str], arguments: list[str], message: str) -> None:

@@ -7,18 +7,23 @@ from typing import Any, get_args
 
 import pytest
 
-from episodes.protocols import get_protocol
+from episodes.prepare import DATA_SETS, CocoYear
+from episodes.protocols import PROTOCOL_NAMES
+from episodes.protocols.protocol import ShotRule
 from episodes.reidentification import ReidentificationLayout
 from episodes.retrieval import RetrievalLayout
-from episodes.types import DataError
+from episodes.types import SUPPORT_KINDS, DataError
 from fewshot_seg import config as module
 from fewshot_seg.attention import ATTENTION_KINDS, NEGATIVES_NEEDED
 from fewshot_seg.config import (
     Config,
     DemoConfig,
+    EpisodesConfig,
     EvaluateConfig,
     ExplainConfig,
     PredictConfig,
+    PrepareConfig,
+    ShowConfig,
     SimilarityEvaluateConfig,
     SimilarityExplainConfig,
     SimilarityTrainConfig,
@@ -28,6 +33,7 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
+from fewshot_seg.config.similarity import EPISODIC
 from fewshot_seg.fold_data import Augment
 from fewshot_seg.metric_losses import METRIC_LOSSES
 from fewshot_seg.optimisation import SCHEDULES
@@ -36,7 +42,8 @@ from fewshot_seg.segmenter import PRIOR_KINDS
 from fewshot_seg.similarity_losses import MAP_KINDS
 
 SIMILARITY = (SimilarityTrainConfig, SimilarityEvaluateConfig, SimilarityExplainConfig)
-ALL = (DemoConfig, VerifyConfig, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig, *SIMILARITY)
+DATA = (VerifyConfig, PrepareConfig, EpisodesConfig, ShowConfig)
+ALL = (DemoConfig, *DATA, TrainConfig, EvaluateConfig, ExplainConfig, PredictConfig, *SIMILARITY)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -62,8 +69,15 @@ class TestSettings:
         assert set(choices(TrainConfig, "attention")) == set(ATTENTION_KINDS) - {"quadruplet"}  # needs two episodes
         assert choices(EvaluateConfig, "prior_map") == PRIOR_CHANNELS
         assert choices(TrainConfig, "schedule") == SCHEDULES
-        assert choices(TrainConfig, "augment") == get_args(Augment)
-        assert [get_protocol(name).name for name in choices(TrainConfig, "protocol")] == ["hsnet"]
+        assert choices(TrainConfig, "augment") == choices(TrainConfig, "support_augment")
+        presets = get_args(get_args(Augment)[1])
+        assert set(choices(TrainConfig, "augment")) == {"mirror", *presets}
+        assert set(choices(ShowConfig, "query_augment")) == set(choices(ShowConfig, "support_augment")) == set(presets)
+        assert choices(TrainConfig, "protocol") == PROTOCOL_NAMES
+        assert choices(TrainConfig, "supports") == choices(EvaluateConfig, "support") == SUPPORT_KINDS
+        assert set(choices(EvaluateConfig, "shot_rule")) == {*get_args(ShotRule), "protocol"}
+        assert choices(PrepareConfig, "data_set") == DATA_SETS
+        assert choices(PrepareConfig, "year") == tuple(map(str, get_args(CocoYear)))
 
     def test_choices_of_the_similarity_network_are_those_of_the_components(self) -> None:
         assert choices(SimilarityTrainConfig, "loss") == METRIC_LOSSES
@@ -72,7 +86,8 @@ class TestSettings:
         assert choices(SimilarityTrainConfig, "schedule") == SCHEDULES
         for config_class in SIMILARITY:
             layouts = (*get_args(RetrievalLayout), *get_args(ReidentificationLayout))
-            assert choices(config_class, "data") == (*layouts, *choices(TrainConfig, "data"))
+            assert choices(config_class, "data") == (*layouts, *EPISODIC)
+            assert set(EPISODIC) <= set(choices(TrainConfig, "data"))
         for config_class in (SimilarityEvaluateConfig, SimilarityExplainConfig):
             assert choices(config_class, "form") == ATTENTION_KINDS
 
@@ -149,13 +164,40 @@ class TestResolve:
         ({"prior": "none"}, "--prior none leaves the decoder nothing to read; add --appearance 16"),
         ({"decoder_width": 12}, "--decoder-width must be a multiple of 8, got 12"),
         ({"strides": ()}, "--strides needs at least one value"),
-        ({"data": "voc"}, "--data voc needs --root DIR"),
+        ({"data": "voc"}, "--data voc needs --root, the VOC2012 folder that holds JPEGImages/ and ImageSets/; --data syn"),
+        ({"data": "coco"}, "--data coco needs --root, the folder that holds annotations/"),
+        ({"data": "coco-json"}, "--data coco-json needs --root, the JSON file of annotations"),
+        ({"sbd": Path("sbd")}, "--sbd is for --data voc, not for --data synthetic; leave it out"),
+        ({"images": Path("i")}, "--images is for --data coco-json, not for --data synthetic; leave it out"),
+        (
+            {"protocol": "bam", "protocol_file": Path("p.toml")},
+            "--protocol-file describes a custom protocol, but --protocol is bam; drop one",
+        ),
+        ({"supports": ("mask", "line")}, "--supports must be one of mask, box, scribble, point, label; got 'line'"),
+        ({"supports": ()}, "--supports needs at least one value"),
+        ({"data": "coco", "root": Path(), "fold": 1, "validation_fold": 1}, "--validation-fold 1 is the test fold"),
         ({"data": "voc", "root": Path(), "fold": 2, "validation_fold": 2}, "--validation-fold 2 is the test fold"),
     ],
 )
 def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         TrainConfig(**{"data": "synthetic", **values})
+
+
+class TestEpisodesFile:
+    def test_a_number_is_for_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(DataError, match="--episodes 100: no such file; the number of episodes is --count"):
+            EvaluateConfig(data="synthetic", episodes=Path("100"))
+        monkeypatch.chdir(tmp_path)
+        Path("100").touch()
+        assert EvaluateConfig(data="synthetic", episodes=Path("100")).count is None
+
+    @pytest.mark.parametrize("values", [{"count": 3}, {"seed": 0}, {"ways": 2}, {"shots": 5}])
+    def test_brings_its_own_settings(self, values: dict[str, Any]) -> None:
+        (name,) = values
+        message = f"--episodes FILE brings its own --{name}; leave --{name} out"
+        with pytest.raises(DataError, match=message):
+            EvaluateConfig(data="synthetic", episodes=Path("e.json"), **values)
 
 
 def test_model_and_prior_map_exclude_each_other() -> None:

@@ -120,13 +120,17 @@ class TestReadSupport:
     def test_pair(self, tmp_path: Path) -> None:
         mask = np.zeros((12, 20), np.uint8)
         mask[3:6, 4:9] = 255
-        photo, read = read_support(self.pair(tmp_path, mask))
-        assert np.array_equal(photo, flat())
-        assert np.array_equal(read, mask // 255)
+        support = read_support(self.pair(tmp_path, mask))
+        assert np.array_equal(support.photo, flat())
+        assert np.array_equal(support.marks, mask // 255)
+        assert support.kind == "mask"
 
     def test_colons_in_names(self, tmp_path: Path) -> None:
-        photo, _ = read_support(self.pair(tmp_path, np.ones((12, 20), np.uint8), "12:30:59.png"))
-        assert photo.shape == (12, 20, 3)
+        support = read_support(self.pair(tmp_path, np.ones((12, 20), np.uint8), "12:30:59.png"))
+        assert support.photo.shape == (12, 20, 3)
+        photo = tmp_path / "12:30:59.png"
+        assert read_support(str(photo)).kind == "label"
+        assert read_support(f"{photo}:box=1,2,3,4").kind == "box"
 
     @pytest.mark.parametrize("pair", ["dog.jpg", "dog.jpg:", ":mask.png"])
     def test_no_pair(self, pair: str) -> None:
@@ -145,6 +149,91 @@ class TestReadSupport:
         photo = save(tmp_path / "dog.png", flat())
         with pytest.raises(DataError, match=r"none.png: no such file; expected a mask"):
             read_support(f"{photo}:{tmp_path / 'none.png'}")
+
+    def test_photo_alone_says_nothing_about_any_pixel(self, tmp_path: Path) -> None:
+        support = read_support(str(save(tmp_path / "dog.png", flat())))
+        assert support.kind == "label"
+        assert np.array_equal(support.marks, np.full((12, 20), 255, np.uint8))
+
+    @pytest.mark.parametrize("text", ["2,3,9,7", "2.4,2.6,9.2,7.0", " 2, 3, 9, 7"])
+    def test_box_is_background_outside_and_unknown_inside(self, tmp_path: Path, text: str) -> None:
+        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:box={text}")
+        expected = np.zeros((12, 20), np.uint8)
+        expected[3:7, 2:9] = 255  # columns 2..8, rows 3..6
+        assert support.kind == "box"
+        assert np.array_equal(support.marks, expected)
+
+    def test_several_boxes(self, tmp_path: Path) -> None:
+        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:box=0,0,3,3+18,10,20,12")
+        expected = np.zeros((12, 20), np.uint8)
+        expected[:3, :3] = expected[10:, 18:] = 255
+        assert np.array_equal(support.marks, expected)
+
+    def test_points_are_discs_of_two_pixels_in_small_photos(self, tmp_path: Path) -> None:
+        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:point=5,6+19,0")
+        expected = np.full((12, 20), 255, np.uint8)
+        for y in range(12):
+            for x in range(20):
+                if (x - 5) ** 2 + (y - 6) ** 2 <= 4 or (x - 19) ** 2 + y**2 <= 4:
+                    expected[y, x] = 1
+        assert support.kind == "point"
+        assert np.array_equal(support.marks, expected)
+
+    def test_points_grow_with_the_photo(self, tmp_path: Path) -> None:
+        support = read_support(f"{save(tmp_path / 'dog.png', flat(500, 800))}:point=400,250")
+        assert (support.marks[250] == 1).sum() == 11  # a radius of 1% of the short side: 5 pixels
+
+    def test_scribble_knows_its_strokes_alone(self, tmp_path: Path) -> None:
+        strokes = np.zeros((12, 20), np.uint8)
+        strokes[4, 2:15] = 255
+        photo = save(tmp_path / "dog.png", flat())
+        support = read_support(f"{photo}:scribble={save(tmp_path / 'stroke.png', strokes)}")
+        assert support.kind == "scribble"
+        assert np.array_equal(support.marks, np.where(strokes > 0, 1, 255))
+
+    def test_coordinates_are_of_the_upright_photo(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter: 12 wide and 20 high as people see it
+        Image.fromarray(flat()).save(tmp_path / "dog.png", exif=exif)
+        assert read_support(f"{tmp_path / 'dog.png'}:point=3,19").marks.shape == (20, 12)
+        with pytest.raises(DataError, match=r"19,3 lies outside the photo, which is 12x20 pixels \(upright\)"):
+            read_support(f"{tmp_path / 'dog.png'}:point=19,3")
+
+    @pytest.mark.parametrize(
+        ("marks", "message"),
+        [
+            ("box=1,2,3", r"expected box=X0,Y0,X1,Y1 in pixels, got '1,2,3'"),
+            ("box=1,2,3,4+5", r"expected box=X0,Y0,X1,Y1 in pixels, got '5'"),
+            ("box=5,2,5,4", r"box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1"),
+            ("box=1,5,3,4", r"box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1"),
+            ("box=1,2,21,4", r"1,2,21,4 lies outside the photo, which is 20x12 pixels"),
+            ("box=-1,2,3,4", r"lies outside the photo"),
+            ("point=20,3", r"20,3 lies outside the photo, which is 20x12 pixels"),
+            ("point=1,12", r"lies outside the photo"),
+            ("point=a,b", r"expected point=X,Y in pixels, got 'a,b'"),
+            ("point=nan,1", r"expected point=X,Y in pixels"),
+            ("point=1e999,1", r"expected point=X,Y in pixels"),
+            ("point=1,2,3", r"expected point=X,Y in pixels"),
+            ("point=1,2+", r"expected point=X,Y in pixels, got ''"),
+            ("scribble=none.png", r"none.png: no such file; expected a mask"),
+        ],
+    )
+    def test_bad_marks(self, tmp_path: Path, marks: str, message: str) -> None:
+        photo = save(tmp_path / "dog.png", flat())
+        with pytest.raises(DataError, match=message) as raised:
+            read_support(f"{photo}:{marks}")
+        assert "\n" not in str(raised.value)
+
+    def test_bad_scribbles(self, tmp_path: Path) -> None:
+        photo = save(tmp_path / "dog.png", flat())
+        for name, size, message in (("s.png", (13, 20), "mask is 20x13"), ("e.png", (12, 20), "shows no object")):
+            strokes = save(tmp_path / name, np.zeros(size, np.uint8))
+            with pytest.raises(DataError, match=message):
+                read_support(f"{photo}:scribble={strokes}")
+
+    def test_marks_of_no_photo(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"none.jpg: no such file; expected a photo"):
+            read_support(f"{tmp_path / 'none.jpg'}:point=1,1")
 
 
 class TestFindQueries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from episodes.types import IGNORE, DataError
+from episodes.annotations import derive_annotation
+from episodes.types import IGNORE, SUPPORT_KINDS, DataError, SupportKind
 from fewshot_seg.attention import ATTENTION_KINDS, AttentionKind, gradient_attention, scale_map, score_direction
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.completion import SupportCompletion, estimate_object
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior, similarity_priors
 from fewshot_seg.segmenter import (
@@ -47,6 +50,15 @@ def outlines(*shape: int, seed: int = 0, size: int = SIZE) -> Tensor:
     return masks
 
 
+def marked(batch: int, kinds: Sequence[SupportKind], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Annotations (B, K, H, W), one kind per shot, and which of them are masks (B, K)."""
+    masks = outlines(batch, len(kinds), seed=seed)
+    for supports in masks:
+        for mask, kind in zip(supports, kinds, strict=True):
+            mask.copy_(torch.from_numpy(derive_annotation(mask.numpy(), kind)))
+    return masks, torch.tensor([[kind == "mask" for kind in kinds]] * batch)
+
+
 def disturbed(segmenter: FewShotSegmenter) -> FewShotSegmenter:
     """As after training: no parameter is zero or the identity any more."""
     generator = torch.Generator().manual_seed(3)
@@ -61,6 +73,11 @@ def assert_same(left: Any, right: Any, *, atol: float = 1e-4) -> None:
         one, other = getattr(left, name), getattr(right, name)
         if isinstance(one, Tensor):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=atol, msg=name)
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    for name in left.__slots__:
+        assert torch.equal(torch.as_tensor(getattr(left, name)), torch.as_tensor(getattr(right, name))), name
 
 
 @pytest.fixture(scope="class")
@@ -84,7 +101,8 @@ class SegmenterContract:
         assert support.frozen_foreground.shape == support.frozen.shape[:2] + support.frozen.shape[3:]
         prediction = segmenter.segment(support, photos(2, seed=1))
         assert prediction.logits.shape == prediction.attention.shape == prediction.masks.shape == (2, SIZE, SIZE)
-        assert prediction.priors.shape == (2, prior_channels(segmenter.prior), 4, 4)
+        maps = prior_channels(segmenter.prior, completion=segmenter.completion is not None)
+        assert prediction.priors.shape == (2, maps, 4, 4)
         assert prediction.logits.dtype == torch.float32
         assert prediction.masks.dtype == torch.bool
         assert prediction.logits.isfinite().all()
@@ -215,6 +233,37 @@ class SegmenterContract:
         masks[1, 0, 5, 5] = 1  # one shot with the object is enough
         segmenter.encode_support(photos(2, 2), masks)
 
+    def test_all_dense_is_the_default(self, segmenter: FewShotSegmenter) -> None:
+        images, masks, queries = photos(2, 2), outlines(2, 2), photos(2, seed=1)
+        plain = segmenter.encode_support(images, masks)
+        dense = segmenter.encode_support(images, masks, torch.ones(2, 2, dtype=torch.bool))
+        assert_equal(dense, plain)
+        assert_equal(segmenter.segment(dense, queries), segmenter.segment(plain, queries))
+        assert not plain.open.any()
+        assert not plain.share.any()
+
+    def test_weak_supports_of_every_kind(self, segmenter: FewShotSegmenter) -> None:
+        images, queries = photos(2, len(SUPPORT_KINDS)), photos(2, seed=1)
+        support = segmenter.encode_support(images, *marked(2, SUPPORT_KINDS))
+        prediction = segmenter.segment(support, queries)
+        assert prediction.logits.isfinite().all()
+        assert prediction.priors.isfinite().all()
+        assert prediction.attention.isfinite().all()
+        for n in range(2):
+            masks, dense = marked(2, SUPPORT_KINDS)
+            alone = segmenter.encode_support(images[n : n + 1], masks[n : n + 1], dense[n : n + 1])
+            one = segmenter.segment(alone, queries[n : n + 1])
+            torch.testing.assert_close(one.logits[0], prediction.logits[n], rtol=1e-3, atol=1e-3)
+
+    def test_a_label_alone_is_a_support(self, segmenter: FewShotSegmenter) -> None:
+        masks, dense = marked(1, ("label",))
+        assert (masks == IGNORE).all()
+        support = segmenter.encode_support(photos(1, 1), masks, dense)
+        assert torch.equal(support.open, torch.ones(1, 16))
+        prediction = segmenter.segment(support, photos(1, seed=1))
+        assert prediction.logits.isfinite().all()
+        assert prediction.logits.std() > 0
+
     def test_refuses_another_number_of_queries(self, segmenter: FewShotSegmenter) -> None:
         support = segmenter.encode_support(photos(2, 1), outlines(2, 1))
         with pytest.raises(ValueError, match="2 encoded supports for 3 queries; expected 1 or 3"):
@@ -291,7 +340,258 @@ class TestNoPrior(SegmenterContract):
     options = {"prior": "none", "appearance": 4}  # noqa: RUF012 - read only
 
 
+class TestSimilarityPriorWithCompletion(SegmenterContract):
+    options = {"prior": "similarity", "appearance": 4, "completion": True}  # noqa: RUF012 - read only
+
+    def test_reads_the_objectness_of_the_query_beside_the_similarity(self, segmenter: FewShotSegmenter) -> None:
+        support, queries = segmenter.encode_support(photos(2, 1), outlines(2, 1)), photos(2, seed=1)
+        priors = segmenter.segment(support, queries).priors
+        levels = segmenter.backbone(queries)
+        maps, nothing = segmenter.similarity(levels), torch.zeros(2, 4, 4)
+        assert segmenter.completion is not None
+        assert torch.equal(priors[:, -1], segmenter.completion(maps, join_levels(levels), nothing, nothing))
+        similarity = similarity_priors(
+            maps,
+            support.cells,
+            support.foreground,
+            support.background,
+            support.foreground_embedding,
+            support.background_embedding,
+        )
+        assert torch.equal(priors[:, :-1], similarity)
+
+    def test_the_objectness_is_that_of_the_same_photo_as_labelled_support(self, segmenter: FewShotSegmenter) -> None:
+        images = photos(2, 1)
+        as_support = segmenter.encode_support(images, *marked(2, ("label",))).share.reshape(2, 4, 4)
+        mask_support = segmenter.encode_support(photos(2, 1), outlines(2, 1))
+        as_query = segmenter.segment(mask_support, images[:, 0]).priors[:, -1].sigmoid()
+        torch.testing.assert_close(as_query, as_support, rtol=1e-4, atol=1e-5)
+
+    def test_it_fills_in_weak_supports(self, segmenter: FewShotSegmenter) -> None:
+        images, (masks, dense) = photos(1, 2), marked(1, ("box", "scribble"))
+        support = segmenter.encode_support(images, masks, dense)
+        levels = segmenter.backbone(images[0])
+        known = cell_weights(masks[0], (4, 4))
+        assert segmenter.completion is not None
+        expected = segmenter.completion(segmenter.similarity(levels), join_levels(levels), *known).sigmoid()
+        torch.testing.assert_close(support.share.reshape(2, 4, 4), expected)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_mask_loss_reaches_the_completion(self, segmenter: FewShotSegmenter, training: bool) -> None:
+        segmenter.zero_grad(set_to_none=True)
+        try:
+            segmenter.train(training)
+            support = segmenter.encode_support(photos(2, 1), *marked(2, ("box",)))
+            logits = segmenter.segment(support, photos(2, seed=1)).logits
+            torch.autograd.backward(logits.square().mean())
+        finally:
+            segmenter.eval()
+        assert segmenter.completion is not None
+        named = list(segmenter.completion.named_parameters())
+        assert [name for name, p in named if p.grad is None or not p.grad.any()] == []
+
+    def test_the_similarity_network_is_not_moved_by_what_was_filled_in(self, segmenter: FewShotSegmenter) -> None:
+        segmenter.zero_grad(set_to_none=True)
+        support = segmenter.encode_support(photos(2, 2), *marked(2, ("box", "label")))
+        torch.autograd.backward(support.share.sum() + support.foreground.square().sum(), retain_graph=True)
+        assert all(parameter.grad is None for parameter in segmenter.similarity.parameters())
+        assert segmenter.completion is not None
+        assert all(p.grad is not None and p.grad.any() for p in segmenter.completion.parameters())
+        objectness = segmenter.segment(support, photos(2, seed=1)).priors[:, -1]
+        torch.autograd.backward(objectness.square().sum())
+        # zeros at most: the maps that the objectness is joined to do depend on the network
+        assert not any(p.grad is not None and p.grad.any() for p in segmenter.similarity.parameters())
+
+
+class TestPFENetPriorWithCompletion(SegmenterContract):
+    options = {"prior": "pfenet", "completion": True}  # noqa: RUF012 - read only
+
+    def test_reads_no_objectness(self, segmenter: FewShotSegmenter) -> None:
+        support = segmenter.encode_support(photos(1, 1), *marked(1, ("box",)))
+        assert segmenter.segment(support, photos(1, seed=1)).priors.shape[1] == 1
+
+
+class TestNoPriorWithCompletion(SegmenterContract):
+    options = {"prior": "none", "appearance": 4, "completion": True}  # noqa: RUF012 - read only
+
+
+WEAK_MIX: tuple[SupportKind, ...] = ("mask", "box", "scribble", "point", "label")
+
+
+class TestWeakSupports:
+    @pytest.fixture(params=[False, True], ids=["estimate", "completion"])
+    def either(self, request: pytest.FixtureRequest, tiny_backbone: Backbone) -> FewShotSegmenter:
+        return disturbed(build_segmenter(tiny_backbone, similarity_rank=4, decoder_width=8, completion=request.param))
+
+    def test_one_of_which_all_is_known_is_a_mask(self, either: FewShotSegmenter) -> None:
+        images, queries = photos(2, 2), photos(2, seed=1)
+        masks = (outlines(2, 2) == 1).to(torch.uint8)  # nothing ignored
+        mask = either.encode_support(images, masks)
+        weak = either.encode_support(images, masks, torch.tensor([[False, True], [False, False]]))
+        torch.testing.assert_close(weak.foreground, mask.foreground)
+        torch.testing.assert_close(weak.background, mask.background)
+        torch.testing.assert_close(weak.open, torch.zeros_like(weak.open), rtol=0, atol=1e-6)
+        assert_same(either.segment(weak, queries), either.segment(mask, queries))
+
+    def test_without_completion_they_are_filled_in_by_the_estimate(self, tiny_backbone: Backbone) -> None:
+        segmenter = disturbed(build_segmenter(tiny_backbone, similarity_rank=4))
+        images, (masks, dense) = photos(1, 5), marked(1, WEAK_MIX)
+        support = segmenter.encode_support(images, masks, dense)
+        known = cell_weights(masks[0], (4, 4))
+        expected = estimate_object(segmenter.similarity(segmenter.backbone(images[0])), *known).sigmoid()
+        found = support.share.reshape(5, 4, 4)
+        assert not found[0].any()  # the mask
+        torch.testing.assert_close(found[1:], expected[1:])
+
+    def test_every_cell_is_shared_out(self, either: FewShotSegmenter) -> None:
+        masks, dense = marked(2, WEAK_MIX)
+        support = either.encode_support(photos(2, 5), masks, dense)
+        known = [side.reshape(2, 5, 16) for side in cell_weights(masks.flatten(0, 1), (4, 4))]
+        foreground, background, still_open, share = (
+            side.reshape(2, 5, 16) for side in (support.foreground, support.background, support.open, support.share)
+        )
+        torch.testing.assert_close(still_open[:, 1:], 1 - known[0][:, 1:] - known[1][:, 1:])
+        torch.testing.assert_close(foreground, known[0] + still_open * share)
+        torch.testing.assert_close(background, known[1] + still_open * (1 - share))
+        torch.testing.assert_close((foreground + background)[:, 1:], torch.ones(2, 4, 16))
+        assert torch.equal(foreground[:, 0], known[0][:, 0])  # masks stay what they are, ignored area in neither
+        assert torch.equal(background[:, 0], known[1][:, 0])
+        assert (foreground + background)[:, 0].min() < 1
+        assert not still_open[:, 0].any()
+        assert 0 <= share.amin() <= share.amax() <= 1
+
+    def test_what_is_known_of_a_weak_support_stays(self, either: FewShotSegmenter) -> None:
+        masks, dense = marked(2, ("box",))
+        support = either.encode_support(photos(2, 1), masks, dense)
+        outside = cell_weights(masks[:, 0], (4, 4))[1].reshape(2, 16) == 1
+        assert outside.any()
+        assert not support.foreground[outside].any()
+        assert torch.equal(support.background[outside], torch.ones(int(outside.sum())))
+
+    def test_a_mask_in_the_same_batch_is_not_changed(self, either: FewShotSegmenter) -> None:
+        """Nor by the second look, which the episode with the box gets."""
+        images, queries, (boxes, _) = photos(2, 1), photos(2, seed=1), marked(2, ("box",))
+        masks = torch.stack([outlines(2, 1)[0], boxes[1]])
+        mixed = either.segment(either.encode_support(images, masks, torch.tensor([[True], [False]])), queries)
+        alone = either.segment(either.encode_support(images[:1], masks[:1]), queries[:1])
+        torch.testing.assert_close(mixed.priors[0], alone.priors[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mixed.logits[0], alone.logits[0], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("value", [0, IGNORE])
+    def test_a_mask_without_foreground_is_refused_as_ever(self, either: FewShotSegmenter, value: int) -> None:
+        masks = torch.full((2, 1, SIZE, SIZE), value, dtype=torch.uint8)
+        masks[0, 0, 5, 5] = 1
+        with pytest.raises(DataError, match="a support mask has no foreground"):
+            either.encode_support(photos(2, 1), masks, torch.tensor([[False], [True]]))
+
+    def test_a_weak_support_in_which_no_object_can_be_is_refused(self, either: FewShotSegmenter) -> None:
+        nowhere = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8)
+        with pytest.raises(DataError, match="a support mask has no foreground"):
+            either.encode_support(photos(1, 1), nowhere, torch.tensor([[False]]))
+
+    @pytest.mark.parametrize(
+        "dense", [torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, dtype=torch.bool), torch.ones(1, 2).bool()]
+    )
+    def test_refuses_another_form_of_dense(self, either: FewShotSegmenter, dense: Tensor) -> None:
+        expected = r"expected bool \(B, K\) = \(2, 1\) to say which supports are masks, got torch\.\w+ \("
+        with pytest.raises(DataError, match=expected):
+            either.encode_support(photos(2, 1), outlines(2, 1), dense)
+
+    def test_prototypes_are_pooled_over_what_was_filled_in(self, either: FewShotSegmenter) -> None:
+        images = photos(1, 2)
+        support = either.encode_support(images, *marked(1, ("box", "label")))
+        frozen = join_levels(either.backbone(images[0])).permute(0, 2, 3, 1).reshape(32, -1)
+        expected = F.normalize((frozen * support.foreground[0, :, None]).sum(0), dim=0)
+        torch.testing.assert_close(support.prototype[0], expected)
+
+    @pytest.mark.parametrize("kind", ["box", "point", "label"])
+    def test_training_free_needs_no_training_for_them(self, tiny_backbone: Backbone, kind: SupportKind) -> None:
+        segmenter = training_free(tiny_backbone)
+        images = photos(3, 1)
+        support = segmenter.encode_support(images, *marked(3, (kind,)))
+        assert 0 < support.share.mean() < 1
+        assert segmenter.trainable_parameters() == []
+        prediction = segmenter.segment(support, images[:, 0])
+        priors = prediction.priors[:, 0].reshape(3, 16)
+        likely = support.foreground > support.foreground.median()
+        assert priors[likely].mean() > priors[~likely].mean()
+
+    def test_pfenets_prior_leaves_out_cells_that_are_likely_background(self, tiny_backbone: Backbone) -> None:
+        """It normalises cells after masking: every cell that weighs anything at all would count in full."""
+        segmenter = build_segmenter(tiny_backbone, prior="pfenet").eval()
+        images, (masks, dense) = photos(2, 2), marked(2, ("mask", "label"))
+        support = segmenter.encode_support(images, masks, dense)
+        label, mask = support.frozen_foreground[:, 1].reshape(2, 16), support.frozen_foreground[:, 0].reshape(2, 16)
+        share = support.share.reshape(2, 2, 16)[:, 1]
+        assert torch.equal(label > 0, share >= 0.5)
+        assert (share >= 0.5).any()
+        assert (share < 0.5).any()
+        assert torch.equal(mask, support.foreground.reshape(2, 2, 16)[:, 0])
+        levels = segmenter.backbone(photos(2, seed=1))
+        chosen = torch.where(share < 0.5, 0.0, share).reshape(2, 4, 4)
+        expected = pfenet_prior(join_levels(levels), support.frozen, torch.stack([mask.reshape(2, 4, 4), chosen], 1))
+        found = segmenter.prior_maps(support, levels, segmenter.similarity(levels))
+        torch.testing.assert_close(found[:, 0], expected)
+
+
+class TestSecondLook:
+    def look_again(self, segmenter: FewShotSegmenter, support: SupportEncoding, query: Tensor) -> Tensor:
+        """Priors of one query by plain loops: cells of the support that are like what was found are the object."""
+        maps = segmenter.similarity(segmenter.backbone(query))
+        cells, own = support.cells[0], maps[0].flatten(1).T
+        arguments = (support.foreground_embedding, support.background_embedding)
+        first = similarity_priors(maps, support.cells, support.foreground, support.background, *arguments)
+        found = first[0, 0].flatten().sigmoid()
+        foreground, background = support.foreground[0].clone(), support.background[0].clone()
+        for n, cell in enumerate(cells):
+            kernel = ((own @ cell - 1) / 0.05).exp()
+            likeness = (kernel @ found / found.sum()).log() - (kernel @ (1 - found) / (1 - found).sum()).log()
+            share = support.share[0, n].clamp(1e-3, 1 - 1e-3)
+            again = ((share / (1 - share)).log() + likeness).sigmoid()
+            foreground[n] += support.open[0, n] * (again - support.share[0, n])
+            background[n] -= support.open[0, n] * (again - support.share[0, n])
+        pooled = [F.normalize((cells * side[:, None]).sum(0, keepdim=True), dim=1) for side in (foreground, background)]
+        return similarity_priors(maps, support.cells, foreground[None], background[None], *pooled)
+
+    @pytest.mark.parametrize("kinds", [("box",), ("label", "scribble"), ("mask", "point")])
+    def test_equals_the_plain_loop(self, tiny_backbone: Backbone, kinds: tuple[SupportKind, ...]) -> None:
+        segmenter, query = disturbed(build_segmenter(tiny_backbone, similarity_rank=4)), photos(1, seed=1)
+        support = segmenter.encode_support(photos(1, len(kinds)), *marked(1, kinds))
+        expected = self.look_again(segmenter, support, query)
+        torch.testing.assert_close(segmenter.segment(support, query).priors, expected, rtol=1e-3, atol=1e-3)
+
+    def test_is_taken_in_evaluation_and_of_open_parts_only(self, tiny_backbone: Backbone) -> None:
+        segmenter = disturbed(build_segmenter(tiny_backbone, similarity_rank=4, dropout=0.0))
+        levels = segmenter.backbone(photos(1, seed=1))
+        maps = segmenter.similarity(levels)
+        for kind, looks_again in (("mask", False), ("box", True), ("label", True)):
+            support = segmenter.encode_support(photos(1, 1), *marked(1, (kind,)))
+            once = segmenter.train().prior_maps(support, levels, maps)
+            twice = segmenter.eval().prior_maps(support, levels, maps)
+            assert torch.equal(once, twice) != looks_again, kind
+
+    def test_leaves_the_encoding_as_it_is(self, tiny_backbone: Backbone) -> None:
+        segmenter = build_segmenter(tiny_backbone).eval()
+        support = segmenter.encode_support(photos(1, 1), *marked(1, ("label",)))
+        first = segmenter.segment(support, photos(2, seed=1))
+        again = segmenter.encode_support(photos(1, 1), *marked(1, ("label",)))
+        assert_equal(support, again)
+        assert_equal(segmenter.segment(support, photos(2, seed=1)), first)
+
+
 class TestExpand:
+    def test_weak_supports_serve_many_queries(self, tiny_backbone: Backbone) -> None:
+        segmenter = build_segmenter(tiny_backbone, completion=True).eval()
+        images, (masks, dense), queries = photos(1, 2), marked(1, ("box", "label")), photos(3, seed=1)
+        support = segmenter.encode_support(images, masks, dense)
+        shared = support.expand(3)
+        assert shared.open.shape == shared.share.shape == (3, 32)
+        assert shared.share.data_ptr() == support.share.data_ptr()
+        repeated = segmenter.encode_support(
+            images.expand(3, -1, -1, -1, -1), masks.repeat(3, 1, 1, 1), dense.repeat(3, 1)
+        )
+        assert_same(segmenter.segment(support, queries), segmenter.segment(repeated, queries))
+
     def test_shares_memory(self, tiny_backbone: Backbone) -> None:
         support = build_segmenter(tiny_backbone).encode_support(photos(1, 2), outlines(1, 2))
         shared = support.expand(4)
@@ -323,14 +623,33 @@ class TestConstruction:
                 {"decoder": MaskDecoder(prior_channels=6, feature_channels=7, appearance=2)},
                 r"the backbone gives \d+ feature channels, the decoder reads 7",
             ),
+            (
+                {"completion": SupportCompletion(feature_channels=7, width=8)},
+                r"the backbone gives \d+ feature channels, the completion reads 7",
+            ),
+            ({"prior": "pfenet", "completion": True}, "prior 'pfenet' has 1 maps, the decoder reads 6"),
+            ({"completion": True}, "prior 'similarity' has 7 maps, the decoder reads 6"),
             ({"temperature": 0.0}, "temperature of the soft margin must be greater than 0, got 0.0"),
         ],
     )
     def test_refuses_parts_that_do_not_fit(
         self, tiny_backbone: Backbone, arguments: dict[str, Any], message: str
     ) -> None:
+        if arguments.get("completion") is True:
+            fitting = SupportCompletion(feature_channels=sum(tiny_backbone.channels), width=8)
+            arguments = arguments | {"completion": fitting}
         with pytest.raises(DataError, match=message):
             self.build(tiny_backbone, **arguments)
+
+    def test_a_readout_with_a_completion(self, tiny_backbone: Backbone) -> None:
+        completion = SupportCompletion(feature_channels=sum(tiny_backbone.channels), width=8)
+        segmenter = training_free(tiny_backbone, completion=completion).eval()
+        assert [id(p) for p in segmenter.trainable_parameters()] == [id(p) for p in completion.parameters()]
+        support = segmenter.encode_support(photos(1, 1), *marked(1, ("box",)))
+        plain = training_free(tiny_backbone).eval()
+        expected = plain.segment(plain.encode_support(photos(1, 1), *marked(1, ("box",))), photos(1, seed=1))
+        # an untrained completion is the estimate
+        torch.testing.assert_close(segmenter.segment(support, photos(1, seed=1)).logits, expected.logits)
 
     @pytest.mark.parametrize("prior", PRIOR_KINDS)
     def test_seed_decides_and_global_randomness_is_untouched(self, tiny_backbone: Backbone, prior: PriorKind) -> None:
@@ -338,7 +657,8 @@ class TestConstruction:
         expected = torch.rand(3)
         torch.manual_seed(5)
         first, same, other = (
-            build_segmenter(tiny_backbone, prior=prior, appearance=2, decoder_width=8, seed=seed) for seed in (1, 1, 2)
+            build_segmenter(tiny_backbone, prior=prior, appearance=2, decoder_width=8, completion=True, seed=seed)
+            for seed in (1, 1, 2)
         )
         assert torch.equal(torch.rand(3), expected)
         pairs = list(zip(first.trainable_parameters(), same.trainable_parameters(), strict=True))

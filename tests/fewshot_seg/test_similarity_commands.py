@@ -524,10 +524,16 @@ def fold1(shared_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / NAME
 
 
+class FewPictures(SyntheticSource):
+    """The command line's generated pictures, but few and small."""
+
+    def __init__(self) -> None:
+        super().__init__(base_classes=6, novel_classes=2, images_per_class=3, size=64)
+
+
 @pytest.fixture
 def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(SyntheticSource, base_classes=6, novel_classes=2, images_per_class=3, size=64)
-    monkeypatch.setattr("fewshot_seg.runs.SyntheticSource", few)
+    monkeypatch.setattr("fewshot_seg.runs.SyntheticSource", FewPictures)
 
 
 ROWS = {
@@ -689,14 +695,14 @@ class TestPlugIn:
         assert call(*longer, "--similarity", fold1, "--out", tmp_path / "b") == 0
         other = load_file(tmp_path / "b" / "model.safetensors")
         assert any(not torch.equal(model[name], other[name]) for name in model if name.startswith("decoder."))
-        scored = ("evaluate", "--root", shared_voc, "--model", tmp_path / "a" / "model.safetensors", "--episodes", "4")
+        scored = ("evaluate", "--root", shared_voc, "--model", tmp_path / "a" / "model.safetensors", "--count", "4")
         assert call(*scored, "--out", tmp_path / "e") == 0
         assert read(tmp_path / "e" / "evaluation.json")["fold"] == 1
 
     def test_evaluate(
         self, shared_voc: Path, fold1: Path, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        scored = ("evaluate", "--root", shared_voc, "--fold", "1", "--episodes", "12", "--threshold", "0")
+        scored = ("evaluate", "--root", shared_voc, "--fold", "1", "--count", "12", "--threshold", "0")
         for name, source in (
             ("free", (*TINY, *SIZE)),
             ("untrained", ("--similarity", untrained)),
@@ -712,7 +718,7 @@ class TestPlugIn:
         assert f"soft margin, similarity {fold1}" in capsys.readouterr().out
 
     def test_evaluate_takes_fold_and_size_of_the_file(self, shared_voc: Path, fold1: Path, tmp_path: Path) -> None:
-        arguments = ("evaluate", "--root", shared_voc, "--similarity", fold1, "--episodes", "4", "--out", tmp_path)
+        arguments = ("evaluate", "--root", shared_voc, "--similarity", fold1, "--count", "4", "--out", tmp_path)
         assert call(*arguments, "--prior-map", "prototype margin") == 0
         evaluation = read(tmp_path / "evaluation.json")
         assert (evaluation["fold"], evaluation["threshold_origin"]) == (1, "chosen on base classes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from torch import Tensor
 from episodes.index import build_index
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import DataError
+from episodes.types import SUPPORT_KINDS, DataError, SupportKind
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import read_tensors, trained_tensors
 from fewshot_seg.decoder import PriorReadout
@@ -43,13 +44,15 @@ BACKBONE = "mobilenetv3_small_050"
 
 
 @functools.cache
-def tiny_episodes(length: int = STEPS * BATCH) -> CachedEpisodes:
+def tiny_episodes(
+    length: int = STEPS * BATCH, *, shots: int = 1, supports: tuple[SupportKind, ...] = ("mask",)
+) -> CachedEpisodes:
     source = SyntheticSource(base_classes=2, novel_classes=2, images_per_class=4, size=64)
     pairs = build_index(source, "train").pairs(source.base_class_ids)
-    specs = EpisodeSampler(pairs, shots=1, seed=0, length=length, order="random", repeat_supports=False)
+    specs = EpisodeSampler(pairs, shots=shots, seed=0, length=length, order="random", repeat_supports=False)
     backbone = build_backbone(BACKBONE, weights="random")
     store = FeatureStore(backbone, source, size=64, directory=None)
-    return CachedEpisodes(store, MaskStore(source, size=64), specs)
+    return CachedEpisodes(store, MaskStore(source, size=64), specs, supports=supports)
 
 
 def new_model(**options: Any) -> FewShotSegmenter:
@@ -75,14 +78,14 @@ def run(
 class Stops:
     """Episodes that raise instead of giving a batch."""
 
-    def __init__(self, batch: int, error: BaseException) -> None:
-        self.batch, self.error = batch, error
+    def __init__(self, batch: int, error: BaseException, *, supports: tuple[SupportKind, ...] = ("mask",)) -> None:
+        self.batch, self.error, self.episodes = batch, error, tiny_episodes(supports=supports)
 
     def __len__(self) -> int:
-        return len(tiny_episodes())
+        return len(self.episodes)
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[FeatureBatch]:
-        for number, batch in enumerate(tiny_episodes().batches(batch_size, start=start), start // batch_size):
+        for number, batch in enumerate(self.episodes.batches(batch_size, start=start), start // batch_size):
             if number == self.batch:
                 raise self.error
             yield batch
@@ -107,7 +110,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FewShotSegm
 class TestLosses:
     def test_are_those_of_the_prediction_and_of_the_margin(self) -> None:
         segmenter, batch = new_model().eval(), next(tiny_episodes().batches(3))
-        mask_loss, metric_loss = episode_losses(segmenter, batch, dice_weight=0.5)
+        mask_loss, metric_loss, completion = episode_losses(segmenter, batch, dice_weight=0.5)
         support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks)
         prediction = segmenter.segment_levels(support, batch.query_levels, (16, 16))
         targets = batch.query_masks[:, 2::4, 2::4]
@@ -115,12 +118,13 @@ class TestLosses:
         weights = [weight.flatten(1) for weight in cell_weights(batch.query_masks, (4, 4))]
         torch.testing.assert_close(metric_loss, balanced_map_loss(prediction.priors[:, 0].flatten(1), *weights))
         assert metric_loss > 0
+        assert completion.item() == 0
 
     @pytest.mark.parametrize("prior", ["pfenet", "none"])
     def test_no_metric_loss_where_the_similarity_network_is_not_used(self, prior: str) -> None:
         segmenter = new_model(prior=prior, appearance=2).eval()
-        mask_loss, metric_loss = episode_losses(segmenter, next(tiny_episodes().batches(3)), dice_weight=1)
-        assert metric_loss.item() == 0
+        mask_loss, metric_loss, completion = episode_losses(segmenter, next(tiny_episodes().batches(3)), dice_weight=1)
+        assert metric_loss.item() == completion.item() == 0
         assert mask_loss.item() > 0
 
     @pytest.mark.parametrize("options", [{}, {"prior": "none", "appearance": 8}])
@@ -130,6 +134,98 @@ class TestLosses:
         run(segmenter, None, episodes=tiny_episodes(80), steps=40)
         after = sum(loss.item() for loss in episode_losses(segmenter, batch, dice_weight=1))
         assert after < 0.85 * before
+
+
+def loss_of_completed(completed: Tensor, truth: Tensor, known: Tensor) -> float:
+    """One support or query by plain loops over 4 x 4 cells of 16 x 16 pixels.
+
+    completed: (4, 4), how much of the open part was taken for object; truth and known: (64, 64), mask and annotation.
+    """
+    entropy, valid, overlap, sizes = 0.0, 0.0, 0.0, 0.0
+    for y in range(4):
+        for x in range(4):
+            pixels, marks = (side[16 * y : 16 * y + 16, 16 * x : 16 * x + 16] for side in (truth, known))
+            true = [(pixels == value).float().mean().item() for value in (1, 0)]
+            certain = [(marks == value).float().mean().item() for value in (1, 0)]
+            share, remaining = completed[y, x].item(), 1 - sum(certain)
+            said = [certain[0] + remaining * share, certain[1] + remaining * (1 - share)]
+            entropy -= sum(t * math.log(max(s, 1e-4)) for s, t in zip(said, true, strict=True))
+            valid += sum(true)
+            overlap += said[0] * true[0]
+            sizes += said[0] * sum(true) + true[0]
+    return entropy / valid + 1 - (2 * overlap + 1) / (sizes + 1)
+
+
+class TestCompletionLoss:
+    MIXED: tuple[SupportKind, ...] = ("mask", "box", "scribble", "label")
+
+    def of(self, segmenter: FewShotSegmenter, batch: FeatureBatch) -> float:
+        return episode_losses(segmenter, batch, dice_weight=1)[2].item()
+
+    def on_queries(self, segmenter: FewShotSegmenter, batch: FeatureBatch) -> float:
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
+        objectness = segmenter.segment_levels(support, batch.query_levels, (16, 16)).priors[:, -1].sigmoid()
+        pairs = list(zip(objectness, batch.query_masks, strict=True))
+        return sum(loss_of_completed(o, m, torch.full_like(m, 255)) for o, m in pairs) / len(pairs)
+
+    def on_supports(self, segmenter: FewShotSegmenter, batch: FeatureBatch) -> float:
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
+        shares = support.share.reshape(-1, 4, 4)
+        rows = zip(
+            batch.support_dense.flatten().tolist(),
+            shares,
+            batch.support_truth.flatten(0, 1),
+            batch.support_masks.flatten(0, 1),
+            strict=True,
+        )
+        losses = [loss_of_completed(share, truth, known) for dense, share, truth, known in rows if not dense]
+        return sum(losses) / len(losses)
+
+    @pytest.mark.parametrize("prior", ["similarity", "pfenet", "none"])
+    def test_equals_the_plain_loop(self, prior: str) -> None:
+        segmenter = new_model(prior=prior, appearance=2, completion=True).eval()
+        batch = next(tiny_episodes(6, shots=2, supports=self.MIXED).batches(6))
+        assert 0 < batch.support_dense.sum() < 12
+        expected = self.on_supports(segmenter, batch)
+        if prior == "similarity":  # the others do not read the query's objectness
+            expected += self.on_queries(segmenter, batch)
+        assert self.of(segmenter, batch) == pytest.approx(expected, rel=1e-4)
+
+    def test_of_masks_alone_is_that_of_the_queries(self) -> None:
+        segmenter, batch = new_model(completion=True).eval(), next(tiny_episodes().batches(3))
+        assert self.of(segmenter, batch) == pytest.approx(self.on_queries(segmenter, batch), rel=1e-4)
+
+    @pytest.mark.parametrize("prior", ["pfenet", "none"])
+    def test_is_zero_where_nothing_was_filled_in(self, prior: str) -> None:
+        segmenter = new_model(prior=prior, appearance=2, completion=True).eval()
+        assert self.of(segmenter, next(tiny_episodes().batches(3))) == 0
+
+    def test_is_zero_where_nothing_is_trained_to_fill_in(self) -> None:
+        batch = next(tiny_episodes(6, supports=("box",)).batches(3))
+        losses = episode_losses(new_model().eval(), batch, dice_weight=1)
+        assert losses[2].item() == 0
+        assert all(loss.isfinite() for loss in losses)
+
+    def test_trains_the_completion_alone(self) -> None:
+        segmenter = new_model(completion=True)
+        batch = next(tiny_episodes(6, supports=("box",)).batches(3))
+        torch.autograd.backward(episode_losses(segmenter, batch, dice_weight=1)[2])
+        assert segmenter.completion is not None
+        reached = {name for name, p in segmenter.named_parameters() if p.grad is not None and p.grad.any()}
+        assert {name.split(".")[0] for name in reached} == {"completion"}
+
+    def test_goes_down(self) -> None:
+        segmenter, batch = new_model(completion=True).eval(), next(tiny_episodes(80, supports=self.MIXED).batches(12))
+        before = self.of(segmenter, batch)
+        run(segmenter, None, episodes=tiny_episodes(80, supports=self.MIXED), steps=40)
+        assert self.of(segmenter, batch) < 0.85 * before
+
+    def test_is_part_of_the_loss_and_of_the_log(self, tmp_path: Path) -> None:
+        run(new_model(completion=True), tmp_path, episodes=tiny_episodes(supports=self.MIXED), metric_weight=0.5)
+        for line in map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines()):
+            parts = line["mask_loss"] + 0.5 * line["metric_loss"] + line["completion_loss"]
+            assert line["loss"] == pytest.approx(parts, rel=1e-5)
+            assert line["completion_loss"] > 0
 
 
 class TestTrain:
@@ -301,6 +397,24 @@ class TestResume:
         assert len(result.losses) == STEPS - 4
         assert_same_weights(resumed, uninterrupted[0])
         assert logged_steps(tmp_path) == [3, 6, 9, 12]
+
+    @pytest.mark.parametrize("prior", ["similarity", "none"])
+    def test_with_weak_supports_and_their_completion(self, tmp_path: Path, prior: str) -> None:
+        options: dict[str, Any] = {"prior": prior, "appearance": 2, "completion": True}
+        whole, resumed = new_model(**options), new_model(seed=9, **options)
+        expected = run(whole, None, episodes=tiny_episodes(supports=SUPPORT_KINDS))
+        stops = Stops(6, KeyboardInterrupt(), supports=SUPPORT_KINDS)
+        with pytest.raises(KeyboardInterrupt):
+            run(new_model(**options), tmp_path, episodes=stops)
+        result = run(resumed, tmp_path, episodes=tiny_episodes(supports=SUPPORT_KINDS))
+        assert result.losses == expected.losses[6:]
+        assert_same_weights(resumed, whole)
+        tensors = read_tensors(tmp_path / CHECKPOINT_NAME)[0]
+        assert whole.completion is not None
+        for name, tensor in whole.completion.state_dict().items():
+            assert torch.equal(tensors[f"completion.{name}"], tensor), name
+        with pytest.raises(DataError, match="does not fit this model"):
+            run(new_model(**options | {"completion": False}), tmp_path, episodes=tiny_episodes(supports=SUPPORT_KINDS))
 
     def test_tensorboard_has_every_step_once(self, tmp_path: Path) -> None:
         for batch, error in ((5, KeyboardInterrupt()), (9, RuntimeError())):

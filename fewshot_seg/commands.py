@@ -153,6 +153,8 @@ def explain(config: ExplainConfig) -> int:
         numbers=numbers,
         resolution=data.resolution,
         folder=config.out,
+        support=config.support,
+        fit=data.protocol.fit,
         show_progress=True,
     )
     page = config.out / "index.html"

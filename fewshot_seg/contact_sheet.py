@@ -10,13 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from episodes.types import IGNORE, DataError, EpisodeBatch, SupportKind, UInt8Array
-from fewshot_seg.pictures import OBJECT, TRUTH, Colour, Panel, overlay_mask, panel_sheet, write_picture
-
-BACKGROUND: Colour = (204, 121, 167)
-"""Tint of known background of weakly marked supports; of the palette of `fewshot_seg.pictures`."""
-_UNKNOWN_SHADE = 0.4
-_BACKGROUND_ALPHA = 0.35
+from episodes.types import DataError, EpisodeBatch, SupportKind, UInt8Array
+from fewshot_seg.pictures import (
+    BACKGROUND,
+    OBJECT,
+    TRUTH,
+    Colour,
+    Panel,
+    overlay_annotation,
+    overlay_mask,
+    panel_sheet,
+    write_picture,
+)
 
 _PANELS_IN_ROW = 7  # a page stays below 2000 pixels
 _LEGEND_HEIGHT = 30
@@ -27,21 +32,6 @@ _LEGEND: tuple[tuple[Colour, str], ...] = (
     ((128, 128, 128), "ignored"),
     ((45, 45, 45), "not known"),
 )
-
-
-def overlay_annotation(image: UInt8Array, annotation: UInt8Array) -> UInt8Array:
-    """The photo with a weak annotation: object tinted and outlined, known background tinted, the unknown darkened.
-
-    Args:
-        image: uint8 (H, W, 3).
-        annotation: uint8 (H, W), 1 = known object, 0 = known background, 255 = not known.
-    """
-    shown = image.astype(np.float32)
-    shown[annotation == IGNORE] *= _UNKNOWN_SHADE
-    background = annotation == 0
-    tint = np.array(BACKGROUND, np.float32)
-    shown[background] = (1 - _BACKGROUND_ALPHA) * shown[background] + _BACKGROUND_ALPHA * tint
-    return overlay_mask(np.round(shown).astype(np.uint8), (annotation == 1).astype(np.uint8))
 
 
 def draw_episodes(batch: EpisodeBatch, captions: Sequence[str]) -> UInt8Array:

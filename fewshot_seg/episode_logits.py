@@ -45,10 +45,14 @@ class ShotLogits:
         Every support's map is cropped to the part of the square that the photo fills, and enlarged, before they are
         merged: votes are votes at the label's size, as in HSNet's code.
         """
-        logits = self.heads[head][row]
-        height, width = fitted_size(*shape, logits.shape[-1], fit)
-        resized = F.interpolate(logits[None, :, :height, :width], shape, mode="bilinear", align_corners=False)
+        resized = to_original(self.heads[head][row], shape, fit)[None]
         return merge_shots(resized, self.weights[row : row + 1], threshold, rule=self.rule)[0]
+
+
+def to_original(maps: Tensor, shape: tuple[int, int], fit: Fit) -> Tensor:
+    """Maps over the square, float (N, S, S), at a photo's own size (H, W): the part it fills, enlarged."""
+    height, width = fitted_size(*shape, maps.shape[-1], fit)
+    return F.interpolate(maps[:, None, :height, :width], shape, mode="bilinear", align_corners=False)[:, 0]
 
 
 @torch.no_grad()

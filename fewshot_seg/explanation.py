@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
+from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
-from episodes.types import EpisodeSpec, MaskSource, UInt8Array
+from episodes.protocols import Fit
+from episodes.types import EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.decoder import PriorReadout
+from fewshot_seg.episode_logits import to_original
 from fewshot_seg.metrics import intersection_union
 from fewshot_seg.pictures import (
     TRUTH,
     FloatArray,
     Panel,
     colour_map,
+    overlay_annotation,
     overlay_map,
     overlay_mask,
     panel_sheet,
@@ -36,7 +39,8 @@ class ExplainedEpisode:
 
     Attributes:
         support_images: uint8 (H_k, W_k, 3) each.
-        support_masks: uint8 (H_k, W_k) each, 255 = ignore.
+        support_masks: uint8 (H_k, W_k) each, 1 = object, 255 = ignore, or not known in weaker marks.
+        support: by what the supports are marked.
         query_image: uint8 (H, W, 3).
         attention: float32 (H, W) in [0, 1], gradient attention of the similarity.
         prior: float32 (H, W), the map that the decoder starts from; None for a model without prior.
@@ -48,6 +52,7 @@ class ExplainedEpisode:
 
     support_images: tuple[UInt8Array, ...]
     support_masks: tuple[UInt8Array, ...]
+    support: SupportKind
     query_image: UInt8Array
     attention: FloatArray
     prior: FloatArray | None
@@ -59,7 +64,13 @@ class ExplainedEpisode:
 
 @torch.no_grad()
 def explain_episode(
-    segmenter: FewShotSegmenter, source: MaskSource, spec: EpisodeSpec, *, resolution: int
+    segmenter: FewShotSegmenter,
+    source: MaskSource,
+    spec: EpisodeSpec,
+    *,
+    resolution: int,
+    support: SupportKind = "mask",
+    fit: Fit = "squash",
 ) -> ExplainedEpisode:
     """Run the model on one episode and keep what it saw.
 
@@ -67,41 +78,45 @@ def explain_episode(
         segmenter: the model, in evaluation mode.
         source: photos and masks.
         spec: the episode.
-        resolution: side of the square that photos are squashed to.
+        resolution: side of the square that photos are fitted into.
+        support: how supports are marked.
+        fit: how photos become square.
     """
-    transform = EpisodeTransform("none", resolution)
+    transform = EpisodeTransform("none", resolution, fit)
     device = next(segmenter.backbone.parameters()).device
     images = tuple(source.image(image_id) for image_id in spec.support_ids)
-    masks = tuple(source.mask(image_id, spec.class_id) for image_id in spec.support_ids)
+    masks = tuple(annotation_of(source, image_id, spec.class_id, support) for image_id in spec.support_ids)
     squares = [transform(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
-    support = segmenter.encode_support(
+    encoded = segmenter.encode_support(
         torch.stack([image for image, _ in squares])[None].to(device),
         torch.stack([mask for _, mask in squares])[None].to(device),
+        torch.full((1, len(squares)), support == "mask", device=device),
     )
     query, target = source.image(spec.query_id), source.mask(spec.query_id, spec.class_id)
     levels = segmenter.backbone(transform(query, target, seed=0)[0][None].to(device))
-    prediction = segmenter.segment_levels(support, levels, (query.shape[0], query.shape[1]))
-    mask = prediction.masks.cpu()
+    size = (query.shape[0], query.shape[1])
+    prediction = segmenter.segment_levels(encoded, levels, size if fit == "squash" else (resolution, resolution))
+    mask = to_original(prediction.logits, size, fit).cpu() > prediction.threshold
     intersection, union = intersection_union(mask, torch.from_numpy(target)[None])[0, 1].tolist()
     channel = segmenter.decoder.channel if isinstance(segmenter.decoder, PriorReadout) else 0
+    prior = prediction.priors[:, channel] if prediction.priors.shape[1] else None
+    if prior is not None and fit == "pad":  # cells are too coarse to tell where the photo ends
+        square = (resolution, resolution)
+        prior = F.interpolate(prior[:, None], square, mode="bilinear", align_corners=False)[:, 0]
     return ExplainedEpisode(
         support_images=images,
         support_masks=masks,
+        support=support,
         query_image=query,
-        attention=prediction.attention[0].cpu().numpy(),
-        prior=_resized(prediction.priors, channel, query.shape[:2]) if prediction.priors.shape[1] else None,
+        attention=to_original(prediction.attention, size, fit)[0].cpu().numpy(),
+        prior=to_original(prediction.priors[:, channel], size, fit)[0].cpu().numpy()
+        if prediction.priors.shape[1]
+        else None,
         prior_name=PRIOR_CHANNELS[channel] if segmenter.prior == "similarity" else segmenter.prior,
         prediction=mask[0].numpy().astype(np.uint8),
         target=target,
         iou=100 * intersection / max(union, 1),
     )
-
-
-def _resized(priors: Tensor, channel: int, size: tuple[int, ...]) -> FloatArray:
-    chosen = priors[:, channel : channel + 1]
-    resized = F.interpolate(chosen, (size[0], size[1]), mode="bilinear", align_corners=False)
-    values: FloatArray = resized[0, 0].cpu().numpy()
-    return values
 
 
 def episode_picture(episode: ExplainedEpisode, *, title: str) -> UInt8Array:
@@ -111,9 +126,10 @@ def episode_picture(episode: ExplainedEpisode, *, title: str) -> UInt8Array:
         episode: of `explain_episode`.
         title: line above the panels.
     """
+    overlay = overlay_mask if episode.support == "mask" else overlay_annotation
     supports = [
         Panel(
-            picture=overlay_mask(image, mask),
+            picture=overlay(image, mask),
             label=f"support {number}" if len(episode.support_masks) > 1 else "support",
         )
         for number, (image, mask) in enumerate(zip(episode.support_images, episode.support_masks, strict=True), 1)
@@ -154,6 +170,8 @@ def write_explanations(
     numbers: Sequence[int],
     resolution: int,
     folder: Path,
+    support: SupportKind = "mask",
+    fit: Fit = "squash",
     show_progress: bool = False,
 ) -> list[WrittenExplanation]:
     """Write ``episode-0003.png`` for episode number 3 and so on.
@@ -163,14 +181,14 @@ def write_explanations(
         source: photos and masks.
         specs: the episodes of an evaluation.
         numbers: which of them.
-        resolution: side of the square that photos are squashed to.
+        resolution, support, fit: see `explain_episode`.
         folder: created when missing.
         show_progress: bar on stderr.
     """
     written = []
     for number in tqdm(numbers, desc="explaining", unit="episode", disable=not show_progress):
         spec = specs[number]
-        episode = explain_episode(segmenter, source, spec, resolution=resolution)
+        episode = explain_episode(segmenter, source, spec, resolution=resolution, support=support, fit=fit)
         shown = ", ".join(spec.support_ids)
         title = f"{source.class_names[spec.class_id]}: find it in {spec.query_id}, as shown in {shown}"
         path = folder / f"episode-{number:04d}.png"

@@ -20,8 +20,12 @@ Colour = tuple[int, int, int]
 # Two colours that people with any colour vision tell apart (Okabe and Ito), and that photos seldom show.
 OBJECT: Colour = (230, 159, 0)
 TRUTH: Colour = (86, 180, 233)
+BACKGROUND: Colour = (204, 121, 167)
+"""Tint of the known background of weakly marked supports."""
 _IGNORED: Colour = (128, 128, 128)
 
+_BACKGROUND_ALPHA = 0.35
+_UNKNOWN_SHADE = 0.4
 _PANEL = 256
 _GAP = 10
 _LABEL = 22
@@ -57,6 +61,21 @@ def overlay_mask(image: UInt8Array, mask: UInt8Array, colour: Colour = OBJECT, *
     inside = (mask == 1).astype(np.uint8)
     painted[cv2.dilate(inside, kernel) > inside] = colour
     return painted
+
+
+def overlay_annotation(image: UInt8Array, annotation: UInt8Array) -> UInt8Array:
+    """The photo with a weak annotation: object tinted and outlined, known background tinted, the unknown darkened.
+
+    Args:
+        image: uint8 (H, W, 3).
+        annotation: uint8 (H, W), 1 = known object, 0 = known background, 255 = not known.
+    """
+    shown = image.astype(np.float32)
+    shown[annotation == IGNORE] *= _UNKNOWN_SHADE
+    background = annotation == 0
+    tint = np.array(BACKGROUND, np.float32)
+    shown[background] = (1 - _BACKGROUND_ALPHA) * shown[background] + _BACKGROUND_ALPHA * tint
+    return overlay_mask(np.round(shown).astype(np.uint8), (annotation == 1).astype(np.uint8))
 
 
 def overlay_map(image: UInt8Array, values: FloatArray, *, alpha: float = 0.65) -> UInt8Array:

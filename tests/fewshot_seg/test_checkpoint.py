@@ -26,8 +26,19 @@ from fewshot_seg.checkpoint import (
     trained_tensors,
     write_tensors,
 )
+from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, build_segmenter, training_free
 from fewshot_seg.similarity import SimilarityNetwork
+
+KINDS = (
+    "ours",
+    "pfenet",
+    "none",
+    "readout",
+    "completion",
+    "pfenet with completion",
+    "readout with completion",
+)
 
 
 def disturbed(segmenter: FewShotSegmenter) -> FewShotSegmenter:
@@ -45,17 +56,23 @@ def make(backbone: Backbone, kind: str) -> FewShotSegmenter:
         "pfenet": lambda: build_segmenter(backbone, prior="pfenet", **small),
         "none": lambda: build_segmenter(backbone, prior="none", appearance=2, **small),
         "readout": lambda: training_free(backbone, channel="gradient attention", temperature=0.1),
+        "completion": lambda: build_segmenter(backbone, completion=True, **small),
+        "pfenet with completion": lambda: build_segmenter(backbone, prior="pfenet", completion=True, **small),
+        "readout with completion": lambda: training_free(
+            backbone, completion=SupportCompletion(feature_channels=sum(backbone.channels), width=16, appearance=3)
+        ),
     }
     segmenter = disturbed(made[kind]())
     segmenter.threshold = 0.25
     return segmenter
 
 
-def predict(segmenter: FewShotSegmenter) -> Prediction:
+def predict(segmenter: FewShotSegmenter, *, weak: bool = False) -> Prediction:
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
-    masks[..., 10:40, 10:50] = 1
-    support = segmenter.encode_support(torch.rand(1, 1, 3, 64, 64, generator=generator), masks)
+    masks[..., 10:40, 10:50] = 255 if weak else 1
+    dense = torch.tensor([[not weak]])
+    support = segmenter.encode_support(torch.rand(1, 1, 3, 64, 64, generator=generator), masks, dense)
     return segmenter.segment(support, torch.rand(1, 3, 64, 64, generator=generator))
 
 
@@ -73,7 +90,7 @@ def assert_refused(path: Path, message: str) -> None:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("kind", ["ours", "pfenet", "none", "readout"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_predictions_are_identical(self, tmp_path: Path, tiny_backbone: Backbone, kind: str) -> None:
         segmenter, notes = make(tiny_backbone, kind), {"fold": 2, "data": "Voc über alles"}
         path = tmp_path / "new" / "model.safetensors"
@@ -82,10 +99,12 @@ class TestRoundTrip:
         assert loaded.resolution == 96
         assert loaded.notes == notes
         assert not any(module.training for module in loaded.segmenter.modules())
-        before, after = predict(segmenter), predict(loaded.segmenter)
-        assert torch.equal(after.logits, before.logits)
-        assert torch.equal(after.attention, before.attention)
-        assert torch.equal(after.masks, before.masks)
+        for weak in (False, True):
+            before, after = predict(segmenter, weak=weak), predict(loaded.segmenter, weak=weak)
+            assert torch.equal(after.logits, before.logits)
+            assert torch.equal(after.attention, before.attention)
+            assert torch.equal(after.masks, before.masks)
+        assert (loaded.segmenter.completion is None) == (segmenter.completion is None)
         settings = ("prior", "attention", "threshold", "temperature")
         assert [getattr(loaded.segmenter, s) for s in settings] == [getattr(segmenter, s) for s in settings]
 
@@ -97,6 +116,24 @@ class TestRoundTrip:
         assert told == description
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+    def test_a_completion_is_in_the_file_with_its_sizes(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        segmenter, path = make(tiny_backbone, "readout with completion"), tmp_path / "model"
+        save_segmenter(path, segmenter, backbone_weights="random", resolution=64)
+        tensors, description = read_tensors(path)
+        assert segmenter.completion is not None
+        assert description["completion"] == segmenter.completion.description()
+        found = {name.removeprefix("completion.") for name in tensors if name.startswith("completion.")}
+        assert found == segmenter.completion.state_dict().keys()
+        completion = load_segmenter(path).segmenter.completion
+        assert completion is not None
+        assert completion.description() == segmenter.completion.description()
+
+    def test_a_file_of_before_there_were_completions(self, model: Path, tiny_backbone: Backbone) -> None:
+        rewrite(model, lambda _, told: told.pop("completion"))
+        loaded = load_segmenter(model).segmenter
+        assert loaded.completion is None
+        assert torch.equal(predict(loaded).logits, predict(make(tiny_backbone, "ours")).logits)
 
     def test_the_file_holds_no_backbone(self, model: Path) -> None:
         tensors, _ = read_tensors(model)
@@ -149,13 +186,20 @@ class TestDamage:
     def test_a_missing_part_of_the_description(self, model: Path) -> None:
         _, description = read_tensors(model)
         original = model.read_bytes()
-        for key in description.keys() - {"format"}:
+        for key in description.keys() - {"format", "completion"}:  # older files know no completion
             model.write_bytes(original)
             rewrite(model, lambda _, told, key=key: told.pop(key))  # type: ignore[misc]
             assert_refused(model, rf"model\.safetensors lacks a part of its description \(KeyError\('{key}'\)\)")
 
     @pytest.mark.parametrize(
-        "wrong", [{"resolution": "large"}, {"similarity_rank": "x"}, {"decoder": {"widht": 8}}, {"decoder": None}]
+        "wrong",
+        [
+            {"resolution": "large"},
+            {"similarity_rank": "x"},
+            {"decoder": {"widht": 8}},
+            {"decoder": None},
+            {"completion": 3},
+        ],
     )
     def test_a_wrong_description(self, model: Path, wrong: dict[str, Any]) -> None:
         rewrite(model, lambda _, told: told.update(wrong))
@@ -164,6 +208,17 @@ class TestDamage:
     def test_unknown_backbone(self, model: Path) -> None:
         rewrite(model, lambda _, told: told.update(backbone="resnet_of_tomorrow"))
         assert_refused(model, "unknown backbone 'resnet_of_tomorrow'")
+
+    def test_a_completion_without_its_tensors_and_tensors_without_their_completion(
+        self, tmp_path: Path, tiny_backbone: Backbone
+    ) -> None:
+        path = tmp_path / "model"
+        for kind, completion in (("pfenet with completion", None), ("pfenet", SupportCompletion(feature_channels=1))):
+            save_segmenter(path, make(tiny_backbone, kind), backbone_weights="random", resolution=64)
+            channels = {"feature_channels": sum(tiny_backbone.channels)}
+            told = None if completion is None else completion.description() | channels
+            rewrite(path, lambda _, description, told=told: description.update(completion=told))  # type: ignore[misc]
+            assert_refused(path, r"model does not fit this model: \d+ tensors differ, first completion\.")
 
     def test_tensors_of_another_shape_missing_or_surplus(self, model: Path) -> None:
         def damage(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
@@ -235,7 +290,7 @@ class TestSimilarityFile:
         assert load_similarity(path).notes == {}
         assert read_tensors(path)[0].keys() == {"similarity.down.weight", "similarity.up.weight"}
 
-    @pytest.mark.parametrize("kind", ["ours", "pfenet", "none", "readout"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_a_whole_model_gives_its_similarity_network(
         self, tmp_path: Path, tiny_backbone: Backbone, kind: str
     ) -> None:

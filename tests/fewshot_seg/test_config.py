@@ -164,7 +164,10 @@ class TestResolve:
         ({"prior": "none"}, "--prior none leaves the decoder nothing to read; add --appearance 16"),
         ({"decoder_width": 12}, "--decoder-width must be a multiple of 8, got 12"),
         ({"strides": ()}, "--strides needs at least one value"),
-        ({"data": "voc"}, "--data voc needs --root, the VOC2012 folder that holds JPEGImages/ and ImageSets/; --data syn"),
+        (
+            {"data": "voc"},
+            "--data voc needs --root, the VOC2012 folder that holds JPEGImages/ and ImageSets/; --data syn",
+        ),
         ({"data": "coco"}, "--data coco needs --root, the folder that holds annotations/"),
         ({"data": "coco-json"}, "--data coco-json needs --root, the JSON file of annotations"),
         ({"sbd": Path("sbd")}, "--sbd is for --data voc, not for --data synthetic; leave it out"),

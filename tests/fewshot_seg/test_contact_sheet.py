@@ -12,8 +12,8 @@ from PIL import Image
 
 from episodes.loader import collate
 from episodes.types import IGNORE, DataError, EpisodeBatch, EpisodeSpec
-from fewshot_seg.contact_sheet import BACKGROUND, draw_episodes, overlay_annotation, write_contact_sheets
-from fewshot_seg.pictures import OBJECT, TRUTH
+from fewshot_seg.contact_sheet import draw_episodes, write_contact_sheets
+from fewshot_seg.pictures import BACKGROUND, OBJECT, TRUTH, overlay_annotation
 
 NAMES = {1: "boat", 2: "cat"}
 SIZE = 256  # the side of a panel, so that pictures are shown pixel by pixel

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from episodes.types import DataError
 from fewshot_seg.attention import scale_map
-from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.decoder import ConvolutionBlock, MaskDecoder, PriorReadout
 
 FEATURES = 12
 
@@ -36,6 +36,21 @@ def disturbed(decoder: MaskDecoder, seed: int = 0) -> MaskDecoder:
         for parameter in decoder.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return decoder.eval()
+
+
+class TestConvolutionBlock:
+    @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 2), (3, 4)])
+    def test_keeps_the_size_and_sees_as_far_as_its_dilation(self, kernel: int, dilation: int) -> None:
+        block = ConvolutionBlock(2, 8, kernel, dilation)
+        maps = torch.zeros(1, 2, 13, 11)
+        maps[0, :, 6, 5] = 1
+        reached = block.convolution(maps) - block.convolution(torch.zeros_like(maps))
+        offsets = {(y - 6, x - 5) for y, x in reached[0].abs().sum(0).nonzero().tolist()}
+        steps = range(-(kernel // 2) * dilation, kernel // 2 * dilation + 1, dilation)
+        assert offsets == {(y, x) for y in steps for x in steps}
+        result = block(maps)
+        assert result.shape == (1, 8, 13, 11)
+        assert torch.equal(result, F.relu(F.group_norm(block.convolution(maps), 8)))  # starts as the plain norm
 
 
 class TestMaskDecoder:

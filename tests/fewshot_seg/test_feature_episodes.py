@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform
 from episodes.index import ClassIndex
-from episodes.loader import EpisodeDataset, episode_loader
+from episodes.loader import EpisodeDataset, episode_loader, support_kinds
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import DataError, EpisodeSpec
+from episodes.types import SUPPORT_KINDS, DataError, EpisodeSpec
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import FeatureStore, MaskStore
@@ -40,11 +42,18 @@ def mirrored(tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSamp
     return CachedEpisodes(tiny_store, tiny_masks, specs, mirror=True)
 
 
+@pytest.fixture(scope="module")
+def marked(tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler) -> CachedEpisodes:
+    """Supports of all kinds, mixed; mirrored."""
+    return CachedEpisodes(tiny_store, tiny_masks, specs, mirror=True, supports=SUPPORT_KINDS)
+
+
 def tensors(batch: FeatureBatch) -> tuple[Tensor, ...]:
     """All tensors with episodes in front."""
     count = len(batch.specs)
     supports = [level.reshape(count, -1, *level.shape[1:]) for level in batch.support_levels]
-    return (*supports, batch.support_masks, *batch.query_levels, batch.query_masks)
+    marks = (batch.support_masks, batch.support_dense, batch.support_truth)
+    return (*supports, *marks, *batch.query_levels, batch.query_masks)
 
 
 def assert_batching_does_not_matter(episodes: FeatureEpisodes, batch_size: int, start: int) -> None:
@@ -74,10 +83,11 @@ class TestCachedEpisodes:
     @settings(max_examples=15, deadline=None)
     @given(batch_size=st.integers(1, LENGTH + 2), start=st.integers(0, LENGTH))
     def test_batching_does_not_matter(
-        self, plain: CachedEpisodes, mirrored: CachedEpisodes, batch_size: int, start: int
+        self, plain: CachedEpisodes, mirrored: CachedEpisodes, marked: CachedEpisodes, batch_size: int, start: int
     ) -> None:
         assert_batching_does_not_matter(plain, batch_size, start)
         assert_batching_does_not_matter(mirrored, batch_size, start)
+        assert_batching_does_not_matter(marked, batch_size, start)
 
     def test_values_are_those_of_the_stores(
         self, plain: CachedEpisodes, specs: EpisodeSampler, tiny_store: FeatureStore, tiny_source: SyntheticSource
@@ -146,6 +156,82 @@ class TestCachedEpisodes:
     def test_refuses(self, plain: CachedEpisodes, batch_size: int, start: int, message: str) -> None:
         with pytest.raises(DataError, match=message):
             next(plain.batches(batch_size, start=start))
+
+
+class TestWeakSupports:
+    def test_masks_alone_are_the_default(self, plain: CachedEpisodes) -> None:
+        for batch in plain.batches(3):
+            assert batch.support_dense.dtype == torch.bool
+            assert batch.support_dense.shape == batch.support_masks.shape[:2]
+            assert batch.support_dense.all()
+            assert torch.equal(batch.support_truth, batch.support_masks)
+
+    @pytest.mark.parametrize("kind", SUPPORT_KINDS)
+    def test_of_one_kind(
+        self, tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler, plain: CachedEpisodes, kind: Any
+    ) -> None:
+        episodes = CachedEpisodes(tiny_store, tiny_masks, specs, supports=(kind,))
+        for batch, masks in zip(episodes.batches(3), plain.batches(3), strict=True):
+            assert batch.support_dense.tolist() == [[kind == "mask"] * SHOTS] * len(batch.specs)
+            assert torch.equal(batch.support_truth, masks.support_masks)
+            for row, truth in zip(batch.support_masks, batch.support_truth, strict=True):
+                for known, mask in zip(row, truth, strict=True):
+                    assert torch.equal(known, torch.from_numpy(derive_annotation(mask.numpy(), kind)))
+            for name in ("query_masks", "query_levels", "support_levels"):
+                assert all(map(torch.equal, getattr(batch, name), getattr(masks, name)))
+
+    def test_of_several_kinds_each_support_gets_one_by_the_episodes_seed(
+        self, tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler
+    ) -> None:
+        episodes = CachedEpisodes(tiny_store, tiny_masks, specs, supports=SUPPORT_KINDS)
+        drawn = []
+        for batch, spec in zip(episodes.batches(1), specs, strict=True):
+            kinds = support_kinds(spec, SUPPORT_KINDS)
+            drawn += kinds
+            assert batch.support_dense.tolist() == [[kind == "mask" for kind in kinds]]
+            pairs = zip(batch.support_masks[0], batch.support_truth[0], kinds, strict=True)
+            for known, mask, kind in pairs:
+                assert torch.equal(known, torch.from_numpy(derive_annotation(mask.numpy(), kind)))
+        assert len(set(drawn)) > 2
+        reordered = CachedEpisodes(tiny_store, tiny_masks, list(specs)[::-1], supports=SUPPORT_KINDS)
+        for one, other in zip(episodes.batches(1), list(reordered.batches(1))[::-1], strict=True):
+            assert all(map(torch.equal, tensors(one), tensors(other)))  # whatever episodes lie beside
+
+    def test_mirrors_mark_and_truth_alike(
+        self, marked: CachedEpisodes, tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler
+    ) -> None:
+        still = CachedEpisodes(tiny_store, tiny_masks, specs, supports=SUPPORT_KINDS)
+        flips = []
+        for before, after in zip(still.batches(1), marked.batches(1), strict=True):
+            assert torch.equal(after.support_dense, before.support_dense)
+            for k in range(SHOTS):
+                flipped = not torch.equal(after.support_truth[0, k], before.support_truth[0, k])
+                flips.append(flipped)
+                for name in ("support_truth", "support_masks"):
+                    one, other = getattr(before, name)[0, k], getattr(after, name)[0, k]
+                    assert torch.equal(other, one.flip(1) if flipped else one)
+                level, moved = before.support_levels[0][k], after.support_levels[0][k]
+                assert torch.equal(moved, level.flip(2) if flipped else level)
+        assert 0 < sum(flips) < len(flips)
+
+    def test_live_ones_are_marked_as_the_cached(
+        self, tiny_backbone: Backbone, tiny_source: SyntheticSource, specs: EpisodeSampler, marked: CachedEpisodes
+    ) -> None:
+        transform = EpisodeTransform("none", 64)
+        dataset = EpisodeDataset(tiny_source, specs, transform, transform, supports=SUPPORT_KINDS)
+        loaded = episode_loader(dataset, batch_size=3)
+        live = LiveEpisodes(tiny_backbone, dataset).batches(3)
+        for batch, expected, cached in zip(live, loaded, marked.batches(3), strict=True):
+            for name in ("support_masks", "support_dense", "support_truth"):
+                assert torch.equal(getattr(batch, name), getattr(expected, name))
+            assert torch.equal(batch.support_dense, cached.support_dense)
+            # the same kinds, mirrored or not: as much of every photo is known
+            known = [(one.support_masks == 255).sum((2, 3)) for one in (batch, cached)]
+            assert torch.equal(*known)
+
+    def test_no_kind(self, tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler) -> None:
+        with pytest.raises(DataError, match="supports must be marked somehow: name at least one of mask, box"):
+            next(CachedEpisodes(tiny_store, tiny_masks, specs, supports=()).batches(1))
 
 
 @pytest.fixture(scope="module")

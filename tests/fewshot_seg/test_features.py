@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from episodes.augment import EpisodeTransform
+from episodes.annotations import derive_annotation
+from episodes.augment import EpisodeTransform, fitted_size
+from episodes.protocols import Fit
 from episodes.sources import SyntheticSource, VocSource
-from episodes.types import DataError, UInt8Array
+from episodes.types import SUPPORT_KINDS, DataError, SupportKind, UInt8Array
 from fewshot_seg import features
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
@@ -69,8 +71,10 @@ def stored_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def expected_features(backbone: Backbone, source: Any, image_ids: Sequence[str], size: int = SIZE) -> list[Tensor]:
-    transform = EpisodeTransform("none", size)
+def expected_features(
+    backbone: Backbone, source: Any, image_ids: Sequence[str], size: int = SIZE, fit: Fit = "squash"
+) -> list[Tensor]:
+    transform = EpisodeTransform("none", size, fit)
     images = []
     for image_id in image_ids:
         image = source.image(image_id)
@@ -210,6 +214,31 @@ class TestFiles:
         assert larger[0].shape[-2:] == (24, 24)
         assert (backbone.images, other.images) == (2, 1)
 
+    def test_padded_and_squashed_photos_never_share(
+        self, backbone: CountingBackbone, directory: Path, tiny_voc: Path
+    ) -> None:
+        source = VocSource(tiny_voc)  # photos that are not square
+        ids = source.ids("val")[:2]
+        squashed = FeatureStore(backbone, source, size=SIZE, directory=directory).get(ids)
+        padded = FeatureStore(backbone, source, size=SIZE, directory=directory, fit="pad").get(ids)
+        assert backbone.images == 4
+        assert not torch.equal(padded[0], squashed[0])
+        assert_same(padded, expected_features(CountingBackbone(), source, ids, fit="pad"))
+        name = f"{backbone.fingerprint[:16]}-{SIZE}"  # squashed ones lie where they always lay
+        assert sorted(file.parent.name for file in stored_files(directory)) == [name] * 2 + [f"{name}-pad"] * 2
+        again = CountingBackbone()
+        fitted: tuple[tuple[Fit, tuple[Tensor, ...]], ...] = (("pad", padded), ("squash", squashed))
+        for fit, levels in fitted:
+            assert_same(FeatureStore(again, source, size=SIZE, directory=directory, fit=fit).get(ids), levels)
+        assert again.images == 0
+
+    def test_padded_ones_count_in_the_budget_too(self, backbone: CountingBackbone, directory: Path) -> None:
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, fit="pad").get(IDS[:2])
+        budget = 7 * TENSOR_BYTES // 2
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget).get(IDS[:2])
+        assert len(stored_files(directory)) == 3
+        assert sum(file.stat().st_size for file in stored_files(directory)) <= budget
+
     def test_equal_ids_of_other_sources_never_share(self, backbone: CountingBackbone, directory: Path) -> None:
         FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS[:1])
         other = SyntheticSource(seed=4, base_classes=2, novel_classes=2, images_per_class=4, size=40)
@@ -335,6 +364,19 @@ class CountingSource(SyntheticSource):
         return super().mask(image_id, class_id)
 
 
+DRAWN = np.full((SIZE, SIZE), 255, np.uint8)
+DRAWN[:7] = 0
+
+
+class DrawnSource(SyntheticSource):
+    """Somebody drew boxes."""
+
+    def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:
+        assert image_id
+        assert class_id
+        return DRAWN if kind == "box" else None
+
+
 class TestMaskStore:
     def test_equals_the_transform_and_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(CountingSource, "masks_read", 0)
@@ -348,6 +390,42 @@ class TestMaskStore:
                 assert torch.equal(mask, expected)
         assert masks.dtype == torch.uint8
         assert source.masks_read == 3
+
+    @pytest.mark.parametrize("fit", ["squash", "pad"])
+    def test_fits_masks_and_annotations_as_the_photos(self, tiny_voc: Path, fit: Fit) -> None:
+        source, transform = VocSource(tiny_voc), EpisodeTransform("none", SIZE, fit)
+        store = MaskStore(source, size=SIZE, fit=fit)
+        for image_id in source.ids("val")[:4]:
+            image, class_id = source.image(image_id), next(iter(source.class_areas(image_id)))
+            found = store.get([image_id] * 5, [class_id] * 5, SUPPORT_KINDS)
+            for known, kind in zip(found, SUPPORT_KINDS, strict=True):
+                annotation = derive_annotation(source.mask(image_id, class_id), kind)
+                assert torch.equal(known, transform(image, annotation, seed=0)[1]), kind
+            assert torch.equal(found[0], store.get([image_id], [class_id])[0])  # masks unless told otherwise
+            assert (found[4] == 255).all()
+            if fit == "pad":
+                height, width = fitted_size(*image.shape[:2], SIZE, "pad")
+                assert min(height, width) < SIZE
+                outside = torch.ones(SIZE, SIZE, dtype=torch.bool)
+                outside[:height, :width] = False
+                assert (found[:, outside] == 255).all()
+
+    def test_takes_what_was_drawn_before_what_can_be_derived(self) -> None:
+        store = MaskStore(
+            DrawnSource(seed=3, base_classes=2, novel_classes=2, images_per_class=4, size=SIZE), size=SIZE
+        )
+        box, point, mask = store.get([IDS[0]] * 3, [1] * 3, ["box", "point", "mask"])
+        assert torch.equal(box, torch.from_numpy(DRAWN))
+        source = SyntheticSource(seed=3, base_classes=2, novel_classes=2, images_per_class=4, size=SIZE)
+        assert torch.equal(mask, torch.from_numpy(source.mask(IDS[0], 1)))
+        assert torch.equal(point, torch.from_numpy(derive_annotation(source.mask(IDS[0], 1), "point")))
+
+    def test_an_object_that_is_not_in_the_photo_cannot_be_marked(self) -> None:
+        image_id = next(i for i in IDS if 2 not in SOURCE.class_areas(i))
+        store = MaskStore(SOURCE, size=SIZE)
+        assert not store.get([image_id], [2]).any()  # a mask may be empty
+        with pytest.raises(DataError, match=rf"{image_id}.*class 2: expected a mask with object pixels"):
+            store.get([image_id], [2], ["box"])
 
     def test_keeps_ignored_pixels(self, tiny_voc: Path) -> None:
         source = VocSource(tiny_voc)

@@ -17,7 +17,8 @@ All else is 255. The rules:
 - A *region* is an 8-connected component of the pixels that are 1. It is *kept* if it has at least 5% of the pixels of
   the largest: crumbs of a mask are no objects that a person would mark. All other pixels, the ignored ones too, count
   as outside, and so does what is beyond the edge of the photo.
-- Box: tight. What is outside all boxes is 0, ignored pixels and crumbs included: who draws boxes says so.
+- Box: tight. What is outside all boxes is 0, crumbs included: who draws boxes says so. Only ignored pixels stay 255,
+  since they may be padding, or of classes that a protocol hides.
 - Scribble: the two ends of a region are found by going as far as possible inside it, twice. The path from one to the
   other is the cheapest where a step costs the more, the closer it is to the border (squared inverse of the distance),
   on a grid whose long side has at most 100 cells. A tenth is left off at both ends, since nobody draws to the very

@@ -86,7 +86,7 @@ def test_boxes_are_tight_and_one_per_region() -> None:
         ".???...",
         ".???...",
         ".....??",
-        ".....??",
+        "?....??",
     )
     np.testing.assert_array_equal(derive_annotation(mask, "box"), expected)
 
@@ -192,8 +192,8 @@ def test_form_and_purity(mask: UInt8Array, kind: SupportKind) -> None:
 
 
 @given(objects)
-def test_boxes_hold_the_kept_regions_and_all_else_is_background(mask: UInt8Array) -> None:
-    expected = np.zeros(mask.shape)
+def test_boxes_hold_the_kept_regions_and_all_else_but_the_ignored_is_background(mask: UInt8Array) -> None:
+    expected = np.where(mask == 255, 255, 0)
     for region in kept_regions(mask):
         rows, columns = np.nonzero(region)
         expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = 255

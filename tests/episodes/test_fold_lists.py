@@ -65,9 +65,9 @@ def write_pictures(photos: Path, masks: Path, split: str, classes: tuple[int, ..
 def voc(root: Path) -> VocSource:
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for split in ("train", "val"):
+    for split, name in (("train", "trainaug"), ("val", "val")):
         ids = write_pictures(root / "JPEGImages", root / "SegmentationClass", split, CLASSES)
-        (lists / f"{split}.txt").write_text("\n".join(ids))
+        (lists / f"{name}.txt").write_text("\n".join(ids))
     return VocSource(root)
 
 
@@ -274,9 +274,9 @@ class SyntheticNames(SyntheticSource):
 class TestProtocolFor:
     def test_names_the_splits(self, voc_source: MaskSource) -> None:
         given_splits = protocol_for(voc_source, get_protocol("bam"))
-        assert given_splits == replace(get_protocol("bam"), training_split="train", evaluation_split="val")
-        other = protocol_for(voc_source, replace(get_protocol("bam"), evaluation_split="train"))
-        assert splits_of(other, voc_source) == ("train", "train")
+        assert given_splits == replace(get_protocol("bam"), training_split="trainaug", evaluation_split="val")
+        other = protocol_for(voc_source, replace(get_protocol("bam"), evaluation_split="trainaug"))
+        assert splits_of(other, voc_source) == ("trainaug", "trainaug")
 
     def test_published_lists_are_for_folds_alone(self, own: MaskSource) -> None:
         hsnet = protocol_for(own, get_protocol("hsnet"))

@@ -15,18 +15,26 @@ from episodes.augment import EpisodeTransform
 from episodes.types import IGNORE, SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, MaskSource, SupportKind
 
 
+def checked_kinds(kinds: Sequence[SupportKind]) -> tuple[SupportKind, ...]:
+    """The kinds. Raises DataError for none, or for one that is none of `SUPPORT_KINDS`."""
+    unknown = [kind for kind in kinds if kind not in SUPPORT_KINDS]
+    if unknown or not kinds:
+        came = f"got {', '.join(map(repr, unknown))}" if unknown else "none was named"
+        raise DataError(f"supports are marked by one or more of {', '.join(SUPPORT_KINDS)}; {came}")
+    return tuple(kinds)
+
+
 def support_kinds(spec: EpisodeSpec, kinds: Sequence[SupportKind]) -> tuple[SupportKind, ...]:
     """How each of an episode's K supports is marked: one of `kinds`, drawn by the episode's seed if there are several.
 
     Raises:
-        DataError: no kind.
+        DataError: no kind, or an unknown one.
     """
-    if not kinds:
-        raise DataError(f"supports must be marked somehow: name at least one of {', '.join(SUPPORT_KINDS)}")
-    if len(kinds) == 1:
-        return (kinds[0],) * spec.shots
-    drawn = np.random.default_rng([spec.seed, 3]).integers(len(kinds), size=spec.shots)
-    return tuple(kinds[k] for k in drawn.tolist())
+    known = checked_kinds(kinds)
+    if len(known) == 1:
+        return known * spec.shots
+    drawn = np.random.default_rng([spec.seed, 3]).integers(len(known), size=spec.shots)
+    return tuple(known[k] for k in drawn.tolist())
 
 
 class EpisodeDataset(Dataset[EpisodeBatch]):
@@ -38,10 +46,10 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
         support_transform: applied to every support.
         query_transform: applied to the query; of the same size.
         supports: how supports are marked; of several, each support gets one by the episode's seed. Marks are derived
-            from the mask as it is after the transform (`episodes.annotations`).
+            from the mask as it is after the transform (`episodes.annotations`); what a source has drawn is not used.
 
     Raises:
-        DataError: the two transforms give different sizes.
+        DataError: the two transforms give different sizes, or an unknown kind of support.
     """
 
     def __init__(
@@ -59,7 +67,7 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             )
         self._source, self._sampler = source, sampler
         self._support_transform, self._query_transform = support_transform, query_transform
-        self._supports = tuple(supports)
+        self._supports = checked_kinds(supports)
 
     def __len__(self) -> int:
         return len(self._sampler)

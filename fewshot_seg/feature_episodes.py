@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.loader import EpisodeDataset, episode_loader, support_kinds
+from episodes.loader import EpisodeDataset, checked_kinds, episode_loader, support_kinds
 from episodes.types import DataError, EpisodeSpec, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
@@ -88,7 +88,7 @@ class CachedEpisodes:
         supports: Sequence[SupportKind] = ("mask",),
     ) -> None:
         self._store, self._masks, self._specs, self._mirror = store, masks, specs, mirror
-        self._supports = tuple(supports)
+        self._supports = checked_kinds(supports)
 
     def __len__(self) -> int:
         return len(self._specs)

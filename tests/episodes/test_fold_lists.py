@@ -306,7 +306,9 @@ class TestDrawing:
     def test_no_image_of_the_wanted_classes(self, voc_source: MaskSource) -> None:
         lists = open_lists(voc_source, get_protocol("hsnet"), fold=3)
         assert left_out_classes(lists, shots=1) == (16, 17, 18, 19, 20)
-        with pytest.raises(DataError, match=r"protocol hsnet finds no image of the wanted classes \(pottedplant, sheep"):
+        with pytest.raises(
+            DataError, match=r"protocol hsnet finds no image of the wanted classes \(pottedplant, sheep"
+        ):
             evaluation_specs(lists, shots=1)
 
     def test_objects_that_are_too_small_are_told(self, voc_source: MaskSource) -> None:

@@ -140,9 +140,13 @@ def test_first_supports_are_marked_alike_for_any_number_of_shots() -> None:
         assert support_kinds(spec_of(seed, 5), SUPPORT_KINDS)[:2] == support_kinds(spec_of(seed, 2), SUPPORT_KINDS)
 
 
-def test_supports_must_be_marked_somehow() -> None:
-    with pytest.raises(DataError, match="name at least one of mask, box, scribble, point, label"):
-        support_kinds(spec_of(0, 1), ())
+@pytest.mark.parametrize(("kinds", "came"), [((), "none was named"), (("mask", "blob"), "got 'blob'")])
+def test_supports_must_be_marked_somehow(kinds: tuple[SupportKind, ...], came: str) -> None:
+    expected = f"marked by one or more of mask, box, scribble, point, label; {came}"
+    with pytest.raises(DataError, match=expected):
+        support_kinds(spec_of(0, 1), kinds)
+    with pytest.raises(DataError, match=expected):
+        make_dataset(supports=kinds)
 
 
 @pytest.mark.parametrize("kind", SUPPORT_KINDS)

@@ -294,8 +294,8 @@ class TestBadInput:
         arguments = ("--support", f"{photo}:{mask}", "--query", str(photo), *TINY)
         message = error_of("predict", *arguments, "--prior-map", "prototype margin")
         assert message == (
-            "--prior-map 'prototype margin' has no threshold of its own, and there are no base classes to choose one on; "
-            "give one with --threshold"
+            "--prior-map 'prototype margin' has no threshold of its own, and there are no base classes to choose one "
+            "on; give one with --threshold"
         )
 
     def test_missing_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:

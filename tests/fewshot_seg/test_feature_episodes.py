@@ -230,8 +230,8 @@ class TestWeakSupports:
             assert torch.equal(*known)
 
     def test_no_kind(self, tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSampler) -> None:
-        with pytest.raises(DataError, match="supports must be marked somehow: name at least one of mask, box"):
-            next(CachedEpisodes(tiny_store, tiny_masks, specs, supports=()).batches(1))
+        with pytest.raises(DataError, match="supports are marked by one or more of mask, box"):
+            CachedEpisodes(tiny_store, tiny_masks, specs, supports=())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any

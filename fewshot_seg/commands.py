@@ -174,7 +174,7 @@ def predict(config: PredictConfig) -> int:
     method = open_method(config)
     if not method.threshold_origin:
         method = take_usual_threshold(method, config)
-    predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE)
+    predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE, method.fit)
     predictor.remember(
         [one.photo for one in supports], [one.marks for one in supports], [one.kind == "mask" for one in supports]
     )

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from episodes.protocols import Fit
 from episodes.types import DataError
 from fewshot_seg.backbones import EMBEDDED, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity
@@ -41,6 +42,11 @@ class Method:
     resolution: int | None
     notes: dict[str, Any]
     threshold_origin: str
+
+    @property
+    def fit(self) -> Fit:
+        """How photos were made square in its training; stretched, unless the model's file says otherwise."""
+        return "pad" if self.notes.get("fit") == "pad" else "squash"
 
 
 def open_method(settings: ModelSettings) -> Method:

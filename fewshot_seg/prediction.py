@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform
+from episodes.protocols import Fit
 from episodes.types import DataError, UInt8Array
+from fewshot_seg.episode_logits import to_original
 from fewshot_seg.photos import output_names, read_photo
 from fewshot_seg.pictures import FloatArray, overlay_mask, write_mask, write_picture
 from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
@@ -38,12 +40,13 @@ class Predictor:
 
     Args:
         segmenter: the model; put into evaluation mode.
-        resolution: side of the square that photos are squashed to, as in the model's training.
+        resolution: side of the square that photos are fitted into, as in the model's training.
+        fit: how, as in the model's training.
     """
 
-    def __init__(self, segmenter: FewShotSegmenter, resolution: int) -> None:
+    def __init__(self, segmenter: FewShotSegmenter, resolution: int, fit: Fit = "squash") -> None:
         self._segmenter = segmenter.eval()
-        self._transform = EpisodeTransform("none", resolution)
+        self._transform = EpisodeTransform("none", resolution, fit)
         self._support: SupportEncoding | None = None
 
     @torch.no_grad()
@@ -87,14 +90,14 @@ class Predictor:
         """
         if self._support is None:
             raise DataError("no support to go by; call remember(images, masks) first")
-        height, width = image.shape[:2]
-        square, _ = self._transform(image, np.zeros((height, width), np.uint8), seed=0)
-        levels = self._segmenter.backbone(square[None].to(self._device()))
-        prediction = self._segmenter.segment_levels(self._support, levels, (height, width))
-        confidence = (prediction.logits[0] - prediction.threshold).sigmoid()
+        size, fit, side = (image.shape[0], image.shape[1]), self._transform.fit, self._transform.size
+        levels = self._segmenter.backbone(self._transform.photo(image)[None].to(self._device()))
+        prediction = self._segmenter.segment_levels(self._support, levels, size if fit == "squash" else (side, side))
+        margin = to_original(prediction.logits, size, fit)[0] - prediction.threshold
+        confidence = margin.sigmoid()
         return PhotoPrediction(
-            mask=prediction.masks[0].cpu().numpy().astype(np.uint8),
-            attention=prediction.attention[0].cpu().numpy(),
+            mask=(margin > 0).cpu().numpy().astype(np.uint8),
+            attention=to_original(prediction.attention, size, fit)[0].cpu().numpy(),
             confidence=confidence.cpu().numpy(),
         )
 

@@ -244,7 +244,13 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         trained.segmenter,
         backbone_weights=config.backbone_weights,
         resolution=data.resolution,
-        notes={**record["data"], "source": data.source.name, "protocol": data.protocol.name, "shots": config.shots}
+        notes={
+            **record["data"],
+            "source": data.source.name,
+            "protocol": data.protocol.name,
+            "fit": data.protocol.fit,
+            "shots": config.shots,
+        }
         | {"base_class_names": [data.source.class_names[class_id] for class_id in data.split.base]}
         | results,
     )

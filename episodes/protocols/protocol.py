@@ -148,7 +148,8 @@ def custom_protocol(**fields: Any) -> EpisodeProtocol:
     """A protocol of one's own: the fields of `EpisodeProtocol`, all of them optional.
 
     Args:
-        fields: `listed` may be any list of (image id, class id); `name` is ``custom`` by default.
+        fields: `listed` may be any list of (image id, class id); `name` is ``custom`` by default, and `query_draw` is
+            ``random``, so that a few episodes already show every class.
 
     Raises:
         DataError: an unknown field, or a value of the wrong kind or out of range.
@@ -165,7 +166,9 @@ def custom_protocol(**fields: Any) -> EpisodeProtocol:
         isinstance(pair, list | tuple) and _is_pair(tuple(pair)) for pair in listed
     ):
         raise DataError(f"listed must be pairs of an image id and a class id, got {_shown(listed)}")
-    return EpisodeProtocol(**{"name": CUSTOM, **fields, "listed": frozenset(tuple(pair) for pair in listed)})
+    return EpisodeProtocol(
+        **{"name": CUSTOM, "query_draw": "random", **fields, "listed": frozenset(tuple(pair) for pair in listed)}
+    )
 
 
 def read_protocol(path: Path) -> EpisodeProtocol:

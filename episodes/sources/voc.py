@@ -106,8 +106,11 @@ class VocSource:
 
     @property
     def default_splits(self) -> tuple[str, str]:
-        """``trainaug`` (VOC train and SBD, without val) and ``val``."""
-        return "trainaug", "val"
+        """``trainaug`` (VOC train and SBD, without val), else ``train`` where there is no SBD; and ``val``."""
+        has_more = (
+            self.sbd is not None or self.split_file(_TRAINAUG).is_file() or not self.split_file("train").is_file()
+        )
+        return (_TRAINAUG if has_more else "train"), "val"
 
     @property
     def folds(self) -> FoldedDataset:

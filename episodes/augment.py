@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from episodes.protocols import Fit
-from episodes.types import IGNORE, DataError, UInt8Array
+from episodes.types import IGNORE, OUTSIDE, DataError, UInt8Array
 
 Preset = Literal["none", "flip", "standard", "pfenet", "colour", "strong"]
 
 _ATTEMPTS = 6
 _MIN_SIZE = 8
+_HIDDEN = 2  # stands for 255 on its way through a transform, which fills with 255
 _MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what PFENet fills with, and about 0 after normalisation
 
 
@@ -118,6 +119,25 @@ def fitted_size(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def keep_object(original: UInt8Array, resized: Tensor, fit: Fit) -> Tensor:
+    """The resized marks with one pixel of the object, about its middle, where resizing has lost all of it.
+
+    Args:
+        original: uint8 (H, W), 1 = object.
+        resized: uint8 (S, S), the same after the preset ``none``.
+        fit: as in the transform.
+    """
+    rows, columns = np.nonzero(original == 1)
+    if not len(rows) or bool((resized == 1).any()):
+        return resized
+    size = resized.shape[-1]
+    height, width = fitted_size(original.shape[0], original.shape[1], size, fit)
+    y, x = np.median(rows) * height / original.shape[0], np.median(columns) * width / original.shape[1]
+    kept = resized.clone()
+    kept[min(int(y), size - 1), min(int(x), size - 1)] = 1
+    return kept
+
+
 class EpisodeTransform:
     """Square tensors from an image and its mask, both moved alike; random only through `seed`.
 
@@ -181,6 +201,12 @@ class EpisodeTransform:
         moved, label = self._apply(image, mask, seed)
         tensor = torch.from_numpy(np.ascontiguousarray(moved.transpose(2, 0, 1))).float().div_(255)
         return tensor, torch.from_numpy(np.ascontiguousarray(label))
+
+    def marks(self, image: UInt8Array, marks: UInt8Array, *, seed: int) -> tuple[Tensor, Tensor]:
+        """As `__call__` for marks in which 255 is not known: what lies beside the photo afterwards is `OUTSIDE`."""
+        tensor, moved = self(image, np.where(marks == IGNORE, np.uint8(_HIDDEN), marks), seed=seed)
+        filled = moved == IGNORE
+        return tensor, moved.masked_fill(moved == _HIDDEN, IGNORE).masked_fill(filled, OUTSIDE)
 
     def photo(self, image: UInt8Array) -> Tensor:
         """A photo that has no mask, with seed 0: uint8 (H, W, 3) -> float32 (3, S, S) in [0, 1]."""

@@ -218,8 +218,11 @@ def _store(path: Path, index: ClassIndex) -> None:
             for image_id in index.image_ids
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    except OSError as error:
+        raise DataError(f"cannot keep the index in {path.parent}: {error.strerror}; name another --cache") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, separators=(",", ":"))

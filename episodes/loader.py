@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform
-from episodes.types import IGNORE, SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, MaskSource, SupportKind
+from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, MaskSource, SupportKind
 
 
 def checked_kinds(kinds: Sequence[SupportKind]) -> tuple[SupportKind, ...]:
@@ -80,7 +80,9 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             self._source.image(spec.query_id), self._source.mask(spec.query_id, spec.class_id), seed=seeds[0]
         )
         supports = [
-            self._support_transform(self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed)
+            self._support_transform.marks(
+                self._source.image(image_id), self._source.mask(image_id, spec.class_id), seed=seed
+            )
             for image_id, seed in zip(spec.support_ids, seeds[1:], strict=True)
         ]
         kinds = support_kinds(spec, self._supports)
@@ -89,7 +91,7 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
             support_images=torch.stack([image for image, _ in supports])[None],
             support_masks=torch.stack(marks)[None],
             support_dense=torch.tensor([[kind == "mask" for kind in kinds]]),
-            support_truth=torch.stack([mask for _, mask in supports])[None],
+            support_truth=torch.stack([_marked(mask, "mask") for _, mask in supports])[None],
             query_images=query[None],
             query_masks=query_mask[None],
             class_ids=torch.tensor([spec.class_id]),
@@ -98,9 +100,14 @@ class EpisodeDataset(Dataset[EpisodeBatch]):
 
 
 def _marked(mask: Tensor, kind: SupportKind) -> Tensor:
-    if kind == "mask" or not bool((mask == 1).any()):  # a crop may have lost the object: then nothing is known
-        return mask if kind == "mask" else torch.full_like(mask, IGNORE)
-    return torch.from_numpy(derive_annotation(mask.numpy(), kind))
+    """Marks derived from a transformed mask, uint8 (S, S), in which `OUTSIDE` is beside the photo."""
+    outside = mask == OUTSIDE
+    plain = mask.masked_fill(outside, IGNORE)
+    if kind == "mask":
+        return plain
+    if not bool((mask == 1).any()):  # a crop may have lost the object: then nothing is known
+        return torch.full_like(mask, IGNORE).masked_fill(outside, OUTSIDE)
+    return torch.from_numpy(derive_annotation(plain.numpy(), kind)).masked_fill(outside, OUTSIDE)
 
 
 def collate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:

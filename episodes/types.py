@@ -17,6 +17,9 @@ from torch import Tensor
 IGNORE = 255
 """Mask value of pixels that belong to neither foreground nor background and are never scored."""
 
+OUTSIDE = 254
+"""Value of pixels of weak annotations that lie beside the photo (padding): neither known nor open."""
+
 UInt8Array = npt.NDArray[np.uint8]
 
 SupportKind = Literal["mask", "box", "scribble", "point", "label"]
@@ -66,7 +69,7 @@ class EpisodeBatch:
     Attributes:
         support_images: float32 (B, K, 3, H, W), RGB in [0, 1]; the backbone normalises, not the loader.
         support_masks: uint8 (B, K, H, W), 1 = foreground, 0 = background, 255 = ignored, or not known where the
-            support is marked by less than a mask.
+            support is marked by less than a mask; there, 254 is beside the photo.
         support_dense: bool (B, K), whether the support is marked by a mask.
         support_truth: uint8 (B, K, H, W), the masks, whatever the supports are marked by.
         query_images: float32 (B, 3, H, W).

@@ -111,6 +111,10 @@ def report(source: MaskSource, splits: Sequence[SplitReport]) -> dict[str, Any]:
         strings, as JSON wants keys.
     """
     kinds = Counter(problem.kind for split in splits for problem in split.problems)
+    try:
+        names = source.class_names
+    except DataError:  # it is among the problems
+        names = {}
     return {
         "source": source.name,
         "problems": kinds.total(),
@@ -120,7 +124,7 @@ def report(source: MaskSource, splits: Sequence[SplitReport]) -> dict[str, Any]:
                 "name": split.name,
                 "images": split.images,
                 "classes": {
-                    str(class_id): {"name": source.class_names.get(class_id, "?"), "images": count}
+                    str(class_id): {"name": names.get(class_id, "?"), "images": count}
                     for class_id, count in split.classes.items()
                 },
                 "kinds": dict(Counter(problem.kind for problem in split.problems).most_common()),
@@ -153,11 +157,13 @@ class _Inspection:
         self._source = source
         self._split = split
         self._place = str(source.split_file(split)) if isinstance(source, _HasSplitFile) else f"{source.name}:{split}"
+        self._names: Mapping[int, str] = {}
         self._problems: dict[Problem, None] = {}  # a set that keeps the order: one broken file may meet us often
         self._shown: Counter[int] = Counter()
         self._first_with: dict[bytes, str] = {}
 
     def report(self) -> SplitReport:
+        self._names = self._read(self._place, lambda: self._source.class_names) or {}
         try:
             image_ids = list(self._source.ids(self._split))
         except SourceError as error:
@@ -187,7 +193,8 @@ class _Inspection:
             self._inspect_twins(image_id, photo)
         if not masks:
             # No class to compare the photo with: reading any one compares the size of the labels.
-            self._read(file, self._source.mask, image_id, min(self._source.class_names))
+            if self._names:
+                self._read(file, self._source.mask, image_id, min(self._names))
         elif photo is not None:
             for class_id in [class_id for class_id, mask in masks.items() if mask.shape != photo.shape[:2]]:
                 self._note_size(image_id, class_id, masks[class_id], photo)
@@ -218,10 +225,9 @@ class _Inspection:
             )
 
     def _inspect_classes(self) -> None:
-        names = self._source.class_names
         for class_id in self._expected_classes():
             count = self._shown[class_id]
-            shown = f"class {class_id} ({names.get(class_id, '?')})"
+            shown = f"class {class_id} ({self._names.get(class_id, '?')})"
             if not count:
                 mend = "add images of it, or expect no episodes of it"
                 self._add(self._place, "empty-class", f"no image of the split shows {shown}", mend)
@@ -231,7 +237,7 @@ class _Inspection:
 
     def _expected_classes(self) -> tuple[int, ...]:
         if not isinstance(self._source, _HasSplitClasses):
-            return tuple(self._source.class_names)
+            return tuple(self._names)
         return tuple(self._source.split_classes(self._split))
 
     def _result(self, images: int) -> SplitReport:

@@ -7,6 +7,7 @@ from typing import Any
 
 from episodes.episode_files import check_episodes, fingerprint_episodes, read_episodes
 from episodes.fold_lists import evaluation_specs, left_out_classes
+from episodes.types import DataError
 from fewshot_seg.config import (
     DemoConfig,
     EpisodeSettings,
@@ -145,11 +146,15 @@ def explain(config: ExplainConfig) -> int:
     """Draw episodes of the evaluation."""
     method, data = open_on_data(config, show_progress=True)
     numbers = tuple(range(config.count)) if config.numbers is None else config.numbers
-    count = max(data.protocol.episodes, max(numbers) + 1)
+    longer = max(data.protocol.episodes, max(numbers) + 1)  # only where it does not change the episodes of later runs
+    count = longer if data.protocol.repeats == 1 else None
+    specs = evaluation_specs(data, shots=config.shots, count=count, seed=config.seed)
+    if max(numbers) >= len(specs):
+        raise DataError(f"--numbers {max(numbers)}: the episodes of {data.protocol.name} are 0 to {len(specs) - 1}")
     written = write_explanations(
         method.segmenter,
         data.source,
-        evaluation_specs(data, shots=config.shots, count=count, seed=config.seed),
+        specs,
         numbers=numbers,
         resolution=data.resolution,
         folder=config.out,

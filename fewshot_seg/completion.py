@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from episodes.types import DataError
+from episodes.types import IGNORE, DataError
 from fewshot_seg.decoder import ConvolutionBlock
 from fewshot_seg.priors import TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
@@ -27,12 +27,12 @@ _LEAST_SHARE = 1e-4  # of a completed cell in the loss: its logarithm must stay 
 _HINTS = 9  # channels of `_hints`
 
 
-def open_part(foreground: Tensor, background: Tensor) -> Tensor:
-    """Share of every cell that is not known, float (N, h, w) in [0, 1]."""
-    return (1 - foreground - background).clamp_min(0)
+def open_part(marks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Share of every cell that weak marks leave open: uint8 (N, H, W), 255 = not known -> float (N, h, w)."""
+    return F.adaptive_avg_pool2d((marks == IGNORE).float()[:, None], size)[:, 0]
 
 
-def estimate_object(maps: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+def estimate_object(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor) -> Tensor:
     """Logits of the object in the open part of weak supports, nothing trained.
 
     First guess: where background is known (a box), all of the open part; where object is known (scribble, point), the
@@ -43,12 +43,12 @@ def estimate_object(maps: Tensor, foreground: Tensor, background: Tensor) -> Ten
     Args:
         maps: unit-length cells, float (N, D, h, w).
         foreground, background: float (N, h, w), known shares of every cell.
+        still_open: float (N, h, w), shares that are not known; what is neither lies beside the photo.
 
     Returns:
         float (N, h, w).
     """
     guess = _first_guess(maps, foreground, background)
-    still_open = open_part(foreground, background)
     cells = maps.flatten(2).transpose(1, 2)
     sides = (foreground + still_open * guess, background + still_open * (1 - guess))
     margin = soft_margin(cells, cells, *(side.flatten(1) for side in sides), temperature=TEMPERATURE)
@@ -127,20 +127,23 @@ class SupportCompletion(nn.Module):
         """Arguments that build it again, all but the seed."""
         return dict(self._description)
 
-    def forward(self, maps: Tensor, features: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    def forward(
+        self, maps: Tensor, features: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor
+    ) -> Tensor:
         """Logits of the object in the open part.
 
         Args:
             maps: unit-length cells of the similarity network, float (N, D, h, w).
             features: unit-length cells of the frozen features, float (N, C, h, w).
             foreground, background: float (N, h, w), known shares of every cell.
+            still_open: float (N, h, w), shares that are not known.
 
         Returns:
             float (N, h, w).
         """
-        estimate = estimate_object(maps, foreground, background)
+        estimate = estimate_object(maps, foreground, background, still_open)
         scaled = features * features.shape[1] ** 0.5  # cells are of unit length; this gives channels unit variance
-        hints = _hints(maps, foreground, background, estimate)
+        hints = _hints(maps, foreground, background, still_open, estimate)
         hidden = self.entry(torch.cat([self.reduce(scaled), hints], dim=1))
         for block in self.blocks:
             hidden = hidden + block(hidden)
@@ -149,7 +152,7 @@ class SupportCompletion(nn.Module):
         return self.gain * estimate + correction
 
 
-def _hints(maps: Tensor, foreground: Tensor, background: Tensor, estimate: Tensor) -> Tensor:
+def _hints(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor, estimate: Tensor) -> Tensor:
     """What is known, what it is like, and where: float (N, 9, h, w)."""
     likeness = []
     for side in (foreground, background):
@@ -157,9 +160,7 @@ def _hints(maps: Tensor, foreground: Tensor, background: Tensor, estimate: Tenso
         likeness.append(torch.einsum("ndhw,nd->nhw", maps, prototype) / _COSINE_UNIT)
     y, x = (axis.expand_as(estimate) for axis in _coordinates(maps))
     has_object = _any(foreground).to(maps.dtype).expand_as(estimate)
-    return torch.stack(
-        [foreground, background, open_part(foreground, background), *likeness, estimate, has_object, x, y], dim=1
-    )
+    return torch.stack([foreground, background, still_open, *likeness, estimate, has_object, x, y], dim=1)
 
 
 def completion_loss(

@@ -51,7 +51,7 @@ def data_verify(config: VerifyConfig) -> int:
 def data_episodes(config: EpisodesConfig) -> int:
     """Write the exact episodes of an evaluation."""
     lists = _open_lists(config, config.fold, config)
-    specs = evaluation_specs(lists, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways)
+    specs = tuple(evaluation_specs(lists, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways))
     first = lists.protocol.seed if config.seed is None else config.seed
     names = lists.source.class_names
     file = EpisodeFile(
@@ -64,7 +64,7 @@ def data_episodes(config: EpisodesConfig) -> int:
         class_names={class_id: names[class_id] for class_id in sorted({spec.class_id for spec in specs})},
         source_fingerprint=lists.evaluation_index.fingerprint,
         pairs_fingerprint=fingerprint_pairs(lists.evaluation_pairs),
-        specs=tuple(specs),
+        specs=specs,
     )
     left_out = [names[class_id] for class_id in left_out_classes(lists, shots=config.shots)]
     if left_out:

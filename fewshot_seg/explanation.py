@@ -109,9 +109,7 @@ def explain_episode(
         support=support,
         query_image=query,
         attention=to_original(prediction.attention, size, fit)[0].cpu().numpy(),
-        prior=to_original(prediction.priors[:, channel], size, fit)[0].cpu().numpy()
-        if prediction.priors.shape[1]
-        else None,
+        prior=None if prior is None else to_original(prior, size, fit)[0].cpu().numpy(),
         prior_name=PRIOR_CHANNELS[channel] if segmenter.prior == "similarity" else segmenter.prior,
         prediction=mask[0].numpy().astype(np.uint8),
         target=target,

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from episodes.annotations import annotation_of
-from episodes.augment import EpisodeTransform
+from episodes.augment import EpisodeTransform, keep_object
 from episodes.protocols import Fit
 from episodes.types import DataError, MaskSource, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
@@ -198,7 +198,10 @@ class MaskStore:
     def get(
         self, image_ids: Sequence[str], class_ids: Sequence[int], kinds: Sequence[SupportKind] | None = None
     ) -> Tensor:
-        """uint8 (N, S, S) of 0, 1 and 255: masks, or the annotations of `kinds` (see `episodes.annotations`)."""
+        """uint8 (N, S, S): masks, or the annotations of `kinds` (see `episodes.annotations`), 254 beside the photo.
+
+        What is smaller than a pixel of the square keeps one.
+        """
         masks: Sequence[SupportKind] = ["mask"] * len(image_ids)
         chosen = masks if kinds is None else kinds
         return torch.stack([self._one(*key) for key in zip(image_ids, class_ids, chosen, strict=True)])
@@ -208,7 +211,8 @@ class MaskStore:
         if key not in self._kept:
             mask = annotation_of(self._source, image_id, class_id, kind)
             placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
-            resized = self._transform(placeholder, mask, seed=0)[1]
+            transform = self._transform if kind == "mask" else self._transform.marks
+            resized = keep_object(mask, transform(placeholder, mask, seed=0)[1], self._transform.fit)
             self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)
         values = np.frombuffer(bytearray(zlib.decompress(self._kept[key])), np.uint8)
         return torch.from_numpy(values.reshape(self._size, self._size))

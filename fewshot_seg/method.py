@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from episodes.protocols import Fit
+from episodes.protocols import PROTOCOL_NAMES, Fit
 from episodes.types import DataError
 from fewshot_seg.backbones import EMBEDDED, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity
@@ -92,7 +92,9 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         DataError: as `open_method` and `open_data`; a model that was trained on classes to be scored.
     """
     method = open_method(settings)
-    noted = method.notes.get("fold")
+    noted, trained_by = method.notes.get("fold"), str(method.notes.get("protocol")).removesuffix(" (synthetic)")
+    if settings.protocol is None and settings.protocol_file is None and trained_by in PROTOCOL_NAMES:
+        settings = settings.replace(protocol=trained_by)
     data = open_data(
         settings,
         settings,
@@ -102,6 +104,11 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         show_progress=show_progress,
     )
     check_classes(method.name, method.notes, data)
+    if settings.model is not None and method.fit != data.protocol.fit:
+        raise DataError(
+            f"{method.name} was trained on photos made square by {method.fit!r}, protocol {data.protocol.name} does it "
+            f"by {data.protocol.fit!r}; give --protocol or --protocol-file as in its training"
+        )
     if method.threshold_origin:
         return method, data
     if data.held_out is None:  # a data set of one's own, all of whose classes are scored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -83,8 +84,9 @@ def read_support(text: str) -> Support:
     Raises:
         DataError: none of these, a missing or broken file, two sizes, marks without the object or outside the photo.
     """
-    if Path(text).expanduser().is_file():
-        photo = read_photo(Path(text).expanduser())
+    alone = Path(text).expanduser()
+    if os.path.isfile(alone):  # noqa: PTH113 - Path.is_file raises for names that are too long to be any
+        photo = read_photo(alone)
         return Support(photo=photo, marks=np.full(photo.shape[:2], IGNORE, np.uint8), kind="label")
     found = _MARKS.fullmatch(text)
     if found is None:
@@ -149,7 +151,7 @@ def _split_pair(pair: str) -> tuple[Path, Path]:
     places = [place for place, letter in enumerate(pair) if letter == ":"]
     candidates = [(Path(pair[:place]).expanduser(), Path(pair[place + 1 :]).expanduser()) for place in places]
     for photo, mask in candidates:  # file names may hold colons themselves, as Windows drives do
-        if photo.is_file() and mask.is_file():
+        if os.path.isfile(photo) and os.path.isfile(mask):  # noqa: PTH113 - as in read_support
             return photo, mask
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
         raise DataError(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from episodes.augment import EpisodeTransform
+from episodes.augment import EpisodeTransform, keep_object
 from episodes.protocols import Fit
 from episodes.types import DataError, UInt8Array
 from fewshot_seg.episode_logits import to_original
@@ -66,8 +67,8 @@ class Predictor:
         """
         if not images or len(images) != len(masks):
             raise DataError(f"expected one or more support photos with a mask each, got {len(images)} and {len(masks)}")
-        squares = [self._transform(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
-        whole = [True] * len(squares) if dense is None else list(dense)
+        whole = [True] * len(images) if dense is None else list(dense)
+        squares = [self._square(*one) for one in zip(images, masks, whole, strict=True)]
         for number, ((_, mask), is_mask) in enumerate(zip(squares, whole, strict=True), 1):
             if is_mask and not bool((mask == 1).any()):
                 raise DataError(
@@ -80,6 +81,11 @@ class Predictor:
             torch.stack([mask for _, mask in squares])[None].to(device),
             torch.tensor([whole], device=device),
         )
+
+    def _square(self, image: UInt8Array, marks: UInt8Array, is_mask: bool) -> tuple[Tensor, Tensor]:
+        transform = self._transform if is_mask else self._transform.marks
+        tensor, moved = transform(image, marks, seed=0)
+        return tensor, moved if is_mask else keep_object(marks, moved, self._transform.fit)
 
     @torch.no_grad()
     def predict(self, image: UInt8Array) -> PhotoPrediction:

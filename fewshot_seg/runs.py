@@ -73,6 +73,11 @@ def open_protocol(settings: DataSettings, source: MaskSource) -> EpisodeProtocol
     """The protocol of the settings, with the splits that they or the source name."""
     if settings.protocol_file is not None:
         protocol = read_protocol(settings.protocol_file)
+        if protocol.name in PROTOCOL_NAMES and protocol.name != "custom":
+            raise DataError(
+                f"{settings.protocol_file} calls itself {protocol.name!r}, which is a published protocol; give it "
+                "another name, in the file or of the file"
+            )
     else:
         followed = source.folds is not None or isinstance(source, SyntheticSource)
         name = settings.protocol or ("hsnet" if followed else "custom")
@@ -314,7 +319,7 @@ def of_episodes(config: EvaluateConfig, listed: EpisodeFile) -> EvaluateConfig:
         given = getattr(config, name)
         if brought is not None and given not in (None, brought):
             raise DataError(f"{config.episodes} is of {name} {brought}, but --{name} is {given}; leave --{name} out")
-        if brought is not None and config.protocol_file is None:
+        if brought is not None and (name == "fold" or config.protocol_file is None):
             changes[name] = brought
     return dataclasses.replace(config, episodes=None, **changes)
 

@@ -203,10 +203,11 @@ class FewShotSegmenter(nn.Module):
         possible = (masks == 1) | ((masks == IGNORE) & weak[:, :, None, None])
         if not bool(possible.flatten(1).any(dim=1).all()):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
-        foreground, background = cell_weights(masks.flatten(0, 1), (maps.shape[2], maps.shape[3]))
+        size = (maps.shape[2], maps.shape[3])
+        foreground, background = cell_weights(masks.flatten(0, 1), size)
         joined = join_levels(levels)
-        still_open = open_part(foreground, background) * weak.flatten()[:, None, None]
-        share = self._completed_share(weak.flatten(), maps, joined, foreground, background)
+        still_open = open_part(masks.flatten(0, 1), size) * weak.flatten()[:, None, None]
+        share = self._completed_share(weak.flatten(), maps, joined, (foreground, background, still_open))
         foreground, background = foreground + still_open * share, background + still_open * (1 - share)
         cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
         frozen_cells = joined.flatten(2).transpose(1, 2).reshape(batch, -1, joined.shape[1])
@@ -224,19 +225,25 @@ class FewShotSegmenter(nn.Module):
         )
 
     def _completed_share(
-        self, weak: Tensor, maps: Tensor, joined: Tensor, foreground: Tensor, background: Tensor
+        self, weak: Tensor, maps: Tensor, joined: Tensor, parts: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
-        """float (N, h, w): how much of the open part of each support is object. weak: bool (N,); 0 for masks."""
-        share = torch.zeros_like(foreground)
+        """float (N, h, w): how much of the open part of each support is object; 0 for masks.
+
+        Args:
+            weak: bool (N,).
+            maps, joined: float (N, D, h, w), cells of the similarity network and of the frozen features.
+            parts: known object, known background, open part, float (N, h, w) each.
+        """
+        share = torch.zeros_like(parts[0])
         if not bool(weak.any()):
             return share
         chosen = weak.nonzero()[:, 0]
         # Detached: weak supports should not move the embedding towards what is easy to complete.
-        cells, known = maps[chosen].detach(), (foreground[chosen], background[chosen])
+        cells, of_weak = maps[chosen].detach(), tuple(part[chosen] for part in parts)
         if self.completion is None:
-            logits = estimate_object(cells, *known)
+            logits = estimate_object(cells, *of_weak)
         else:
-            logits = self.completion(cells, joined[chosen], *known)
+            logits = self.completion(cells, joined[chosen], *of_weak)
         return share.index_copy(0, chosen, logits.sigmoid())
 
     def segment(self, support: SupportEncoding, images: Tensor) -> Prediction:
@@ -316,7 +323,7 @@ class FewShotSegmenter(nn.Module):
         """
         assert self.completion is not None
         nothing = torch.zeros_like(maps[:, 0])
-        logits: Tensor = self.completion(maps.detach(), join_levels(levels), nothing, nothing)
+        logits: Tensor = self.completion(maps.detach(), join_levels(levels), nothing, nothing, torch.ones_like(nothing))
         return logits
 
     def attention_maps(

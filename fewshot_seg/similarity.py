@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from episodes.types import IGNORE, DataError
+from episodes.types import DataError
 
 
 def cell_weights(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def cell_weights(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         (0.5, 0.25)
     """
     foreground = F.adaptive_avg_pool2d((masks == 1).float()[:, None], size)[:, 0]
-    background = F.adaptive_avg_pool2d(((masks != 1) & (masks != IGNORE)).float()[:, None], size)[:, 0]
+    background = F.adaptive_avg_pool2d((masks == 0).float()[:, None], size)[:, 0]
     return foreground, background
 
 

@@ -96,7 +96,11 @@ def parse_arguments(description: str, *, root: str, out: Path) -> argparse.Names
     parser.add_argument("--jobs", type=int, default=2, help="folds at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--quick", action="store_true", help="a few steps and episodes, to try the script")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.quick:  # neither kept cells nor published records may come from a trial
+        arguments.out = arguments.out / "quick"
+        arguments.results = arguments.out / "results.json"
+    return arguments
 
 
 def _fold(fold: int, *, benchmark: Benchmark, root: Path, out: Path, cache: Path, quick: bool) -> list[dict[str, Any]]:

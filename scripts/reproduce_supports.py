@@ -75,7 +75,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="nothing trained, too")
     parser.add_argument("--quick", action="store_true", help="a few steps and episodes, to try the script")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.quick:  # neither kept cells nor published records may come from a trial
+        arguments.out = arguments.out / "quick"
+        arguments.results = arguments.out / "results.json"
+    return arguments
 
 
 def _open(fold: int, root: Path, cache: Path) -> FoldData:

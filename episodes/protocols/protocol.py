@@ -149,7 +149,8 @@ def custom_protocol(**fields: Any) -> EpisodeProtocol:
 
     Args:
         fields: `listed` may be any list of (image id, class id); `name` is ``custom`` by default, and `query_draw` is
-            ``random``, so that a few episodes already show every class.
+            ``random``, so that a few episodes already show every class; `novel_in_training` is ``ignored``, because
+            one's own photos may be both trained on and scored.
 
     Raises:
         DataError: an unknown field, or a value of the wrong kind or out of range.
@@ -167,15 +168,22 @@ def custom_protocol(**fields: Any) -> EpisodeProtocol:
     ):
         raise DataError(f"listed must be pairs of an image id and a class id, got {_shown(listed)}")
     return EpisodeProtocol(
-        **{"name": CUSTOM, "query_draw": "random", **fields, "listed": frozenset(tuple(pair) for pair in listed)}
+        **{
+            "name": CUSTOM,
+            "query_draw": "random",
+            "novel_in_training": "ignored",
+            **fields,
+            "listed": frozenset(tuple(pair) for pair in listed),
+        }
     )
 
 
 def read_protocol(path: Path) -> EpisodeProtocol:
     """A protocol of one's own from a TOML file whose keys are fields of `EpisodeProtocol`.
 
-    For example ``episodes = 500``, ``resolution = 473``, ``fit = "pad"``, ``min_area = 2048``. A field that may be
-    None (`scoring_size`, the splits, `dataset`) is left out for None.
+    Its name is that of the file, unless the file says otherwise. For example ``episodes = 500``, ``resolution = 473``,
+    ``fit = "pad"``, ``min_area = 2048``. A field that may be None (`scoring_size`, the splits, `dataset`) is left out
+    for None.
 
     Raises:
         DataError: no such file, not TOML, an unknown field, or a value of the wrong kind or out of range; the
@@ -189,6 +197,6 @@ def read_protocol(path: Path) -> EpisodeProtocol:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"protocol {path} is not TOML ({reason}); write lines such as episodes = 500") from None
     try:
-        return custom_protocol(**fields)
+        return custom_protocol(**{"name": Path(path).stem, **fields})
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

@@ -112,7 +112,7 @@ class TrainConfig(DataSettings, CacheSettings, DeviceSettings):
     seed: int = setting("seed of weights, episodes and dropout", 0, minimum=0)
     checkpoint_every: int = setting("steps between checkpoints", 100, minimum=1)
     resume: bool = setting("go on with an interrupted run in --out", False)
-    workers: int = setting("processes that load photos, for --augment standard", 0, minimum=0)
+    workers: int = setting("processes that load photos, for augmentations that change them", 0, minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

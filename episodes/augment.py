@@ -122,19 +122,22 @@ def fitted_size(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]
 def keep_object(original: UInt8Array, resized: Tensor, fit: Fit) -> Tensor:
     """The resized marks with one pixel of the object, about its middle, where resizing has lost all of it.
 
+    Where no object is known, as of a box, one pixel of what is not known stays instead: the object may be there.
+
     Args:
-        original: uint8 (H, W), 1 = object.
+        original: uint8 (H, W), 1 = object, 255 = not known.
         resized: uint8 (S, S), the same after the preset ``none``.
         fit: as in the transform.
     """
-    rows, columns = np.nonzero(original == 1)
-    if not len(rows) or bool((resized == 1).any()):
+    value = 1 if (original == 1).any() else IGNORE
+    rows, columns = np.nonzero(original == value)
+    if not len(rows) or bool((resized == value).any()):
         return resized
     size = resized.shape[-1]
     height, width = fitted_size(original.shape[0], original.shape[1], size, fit)
     y, x = np.median(rows) * height / original.shape[0], np.median(columns) * width / original.shape[1]
     kept = resized.clone()
-    kept[min(int(y), size - 1), min(int(x), size - 1)] = 1
+    kept[min(int(y), size - 1), min(int(x), size - 1)] = value
     return kept
 
 

@@ -150,7 +150,8 @@ def explain(config: ExplainConfig) -> int:
     count = longer if data.protocol.repeats == 1 else None
     specs = evaluation_specs(data, shots=config.shots, count=count, seed=config.seed)
     if max(numbers) >= len(specs):
-        raise DataError(f"--numbers {max(numbers)}: the episodes of {data.protocol.name} are 0 to {len(specs) - 1}")
+        asked = f"--count {config.count}" if config.numbers is None else f"--numbers {max(numbers)}"
+        raise DataError(f"{asked}: the episodes of {data.protocol.name} are 0 to {len(specs) - 1}")
     written = write_explanations(
         method.segmenter,
         data.source,

@@ -48,25 +48,34 @@ def estimate_object(maps: Tensor, foreground: Tensor, background: Tensor, still_
     Returns:
         float (N, h, w).
     """
-    guess = _first_guess(maps, foreground, background)
+    guess = _first_guess(maps, foreground, background, still_open)
     cells = maps.flatten(2).transpose(1, 2)
     sides = (foreground + still_open * guess, background + still_open * (1 - guess))
     margin = soft_margin(cells, cells, *(side.flatten(1) for side in sides), temperature=TEMPERATURE)
     return margin.reshape(foreground.shape)
 
 
-def _first_guess(maps: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    centre = _centre(maps).expand_as(foreground)
+def _first_guess(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor) -> Tensor:
+    photo = foreground + background + still_open > 0
     likeness = torch.einsum("ndhw,nd->nhw", maps, F.normalize(masked_average_pool(maps, foreground), dim=1))
-    low, high = likeness.amin((1, 2), keepdim=True), likeness.amax((1, 2), keepdim=True)
+    low, high = _range(likeness, photo)
     likeness = (likeness - low) / (high - low).clamp_min(1e-6)
-    guess = torch.where(_any(foreground), likeness, centre)
+    guess = torch.where(_any(foreground), likeness, _centre(maps, photo))
     return torch.where(_any(background) & ~_any(foreground), torch.ones_like(guess), guess)
 
 
-def _centre(maps: Tensor) -> Tensor:
-    y, x = _coordinates(maps)
-    return torch.exp(-(y**2 + x**2) / _CENTRE_WIDTH)
+def _centre(maps: Tensor, photo: Tensor) -> Tensor:
+    squares = torch.zeros_like(maps[:, 0])
+    for axis in _coordinates(maps):
+        low, high = _range(axis.expand_as(squares), photo)
+        squares = squares + ((axis - (low + high) / 2) / ((high - low) / 2).clamp_min(1e-6)) ** 2
+    return torch.exp(-squares / _CENTRE_WIDTH)
+
+
+def _range(values: Tensor, photo: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest, float (N, 1, 1), of values in [-1, 1], float (N, h, w), where photo, bool (N, h, w), is."""
+    low, high = values.masked_fill(~photo, 1), values.masked_fill(~photo, -1)
+    return low.amin((1, 2), keepdim=True), high.amax((1, 2), keepdim=True)
 
 
 def _coordinates(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from episodes.annotations import annotation_of
-from episodes.augment import EpisodeTransform
+from episodes.augment import EpisodeTransform, keep_object
 from episodes.protocols import Fit
 from episodes.types import EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.decoder import PriorReadout
@@ -86,10 +86,12 @@ def explain_episode(
     device = next(segmenter.backbone.parameters()).device
     images = tuple(source.image(image_id) for image_id in spec.support_ids)
     masks = tuple(annotation_of(source, image_id, spec.class_id, support) for image_id in spec.support_ids)
-    squares = [transform(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
+    move = transform if support == "mask" else transform.marks
+    squares = [move(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
+    kept = [keep_object(mask, moved, fit) for mask, (_, moved) in zip(masks, squares, strict=True)]
     encoded = segmenter.encode_support(
         torch.stack([image for image, _ in squares])[None].to(device),
-        torch.stack([mask for _, mask in squares])[None].to(device),
+        torch.stack(kept)[None].to(device),
         torch.full((1, len(squares)), support == "mask", device=device),
     )
     query, target = source.image(spec.query_id), source.mask(spec.query_id, spec.class_id)

@@ -22,7 +22,7 @@ PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".
 
 def _open(path: Path, what: str) -> Image.Image:
     """The decoded picture, upright. Raises DataError naming the file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - as in read_support
         raise DataError(f"{path}: no such file; expected a {what}")
     try:
         with Image.open(path) as picture:
@@ -170,11 +170,11 @@ def find_queries(queries: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for query in queries:
         path = Path(query).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 - as in read_support
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in PHOTO_SUFFIXES and f.is_file())
             if not files:
                 raise DataError(f"--query {query}: folder holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        elif path.exists():
+        elif os.path.exists(path):  # noqa: PTH110 - as in read_support
             files = [path]
         else:
             files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - Path.glob refuses absolute patterns

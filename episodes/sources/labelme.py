@@ -124,7 +124,7 @@ class LabelmeSource:
         Raises:
             SourceError: no photo, or a damaged one.
         """
-        labelled = self._labelled(image_id)
+        labelled = read_labelme(self._file(image_id))  # whatever its labels and the other files are
         path = self._photo_file(labelled)
         if path is None:
             return rgb(embedded_photo(labelled))
@@ -209,10 +209,14 @@ class LabelmeSource:
             )
         return self.class_names[class_id]
 
-    def _labelled(self, image_id: str) -> LabelledPhoto:
+    def _file(self, image_id: str) -> Path:
         path = self.root / f"{image_id}.json"
         if path.name != f"{image_id}.json" or not os.path.isfile(path):  # noqa: PTH113  never raises
             raise DataError(f"{self.root}: no image {image_id!r}; ids are the names of its JSON files without .json")
+        return path
+
+    def _labelled(self, image_id: str) -> LabelledPhoto:
+        path = self._file(image_id)
         labelled = read_labelme(path)
         unknown = sorted(labelled.labels() - set(self.class_names.values()))
         if unknown:

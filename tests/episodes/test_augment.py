@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from episodes.augment import EpisodeTransform, Preset, fitted_size
-from episodes.types import DataError
+from episodes.augment import EpisodeTransform, Preset, fitted_size, keep_object
+from episodes.types import IGNORE, OUTSIDE, DataError, UInt8Array
 
 PRESETS = get_args(Preset)
 WHOLE = ("none", "flip", "colour")  # they show the whole picture, always
@@ -262,6 +262,94 @@ class TestPad:
         transform = EpisodeTransform("pfenet", 64, "pad")
         heights = {int((transform(image, mask, seed=seed)[1][:, 32] == 1).sum()) for seed in range(40)}
         assert min(heights) < 16 < max(heights)
+
+
+class TestMarks:
+    """Marks of weak supports: what was not known stays apart from what was filled."""
+
+    @settings(max_examples=120, deadline=None)
+    @given(presets, fits, st.integers(12, 90), st.integers(12, 90), st.integers(8, 64), st.integers(0, 2**62))
+    def test_255_stays_and_fills_become_254(
+        self, preset: str, fit: str, height: int, width: int, size: int, seed: int
+    ) -> None:
+        image, marks = picture(height, width, seed % 1000)
+        before = image.copy(), marks.copy()
+        transform = EpisodeTransform(preset, size, fit)
+        tensor, moved = transform.marks(image, marks, seed=seed)
+        as_mask, label = transform(image, marks, seed=seed)
+        filled = transform(image, np.where(marks == IGNORE, 0, marks).astype(np.uint8), seed=seed)[1] == IGNORE
+        assert torch.equal(tensor, as_mask)
+        assert moved.dtype == torch.uint8
+        assert torch.equal(moved, label.masked_fill(filled, OUTSIDE))
+        np.testing.assert_array_equal(before[0], image)
+        np.testing.assert_array_equal(before[1], marks)
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_of_a_padded_photo_of_which_nothing_is_known(self, preset: str) -> None:
+        image, marks = np.full((20, 60, 3), 200, np.uint8), np.full((20, 60), IGNORE, np.uint8)
+        transform = EpisodeTransform(preset, 60, "pad")
+        seen = {int(value) for seed in range(5) for value in transform.marks(image, marks, seed=seed)[1].unique()}
+        whole = transform.marks(image, marks, seed=0)[1]
+        if preset in WHOLE:
+            assert (whole[:20] == IGNORE).all()
+            assert (whole[20:] == OUTSIDE).all()
+        assert seen <= {IGNORE, OUTSIDE}
+        assert IGNORE in seen
+
+
+class TestKeepObject:
+    @staticmethod
+    def resized(original: UInt8Array, size: int, fit: str) -> torch.Tensor:
+        image = np.zeros((*original.shape, 3), np.uint8)
+        return EpisodeTransform("none", size, fit).marks(image, original, seed=0)[1]
+
+    @pytest.mark.parametrize(("fit", "place"), [("squash", (32, 12)), ("pad", (24, 12))])
+    @pytest.mark.parametrize(("value", "around"), [(1, 0), (1, IGNORE), (IGNORE, 0)], ids=["mask", "point", "box"])
+    def test_two_pixels_of_a_large_photo_stay_where_they_are(
+        self, fit: str, place: tuple[int, int], value: int, around: int
+    ) -> None:
+        original = np.full((900, 1200), around, np.uint8)
+        original[600:602, 305] = value  # 602 * 48 / 900 = 32.1 and 602 * 48 / 1200 = 24.1; 305 * 48 / 1200 = 12.2
+        before, resized = original.copy(), self.resized(original, 48, fit)
+        assert not (resized == value).any()  # lost
+        lost = resized.clone()
+        kept = keep_object(original, resized, fit)
+        assert (kept == value).nonzero().tolist() == [list(place)]
+        changed = resized.clone()
+        changed[place] = value
+        assert torch.equal(kept, changed)
+        assert torch.equal(resized, lost)  # arguments are left alone
+        np.testing.assert_array_equal(original, before)
+
+    @settings(max_examples=100, deadline=None)
+    @given(fits, st.integers(1, 300), st.integers(1, 300), st.integers(8, 64), st.data())
+    def test_of_any_pixel_of_any_photo_one_stays_in_the_photo(
+        self, fit: str, height: int, width: int, size: int, data: st.DataObject
+    ) -> None:
+        original = np.zeros((height, width), np.uint8)
+        y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+        original[y, x] = 1
+        resized = self.resized(original, size, fit)
+        kept = keep_object(original, resized, fit)
+        if (resized == 1).any():
+            assert torch.equal(kept, resized)
+            return
+        rows, columns = fitted_size(height, width, size, fit)
+        ((row, column),) = (kept == 1).nonzero().tolist()
+        assert resized[row, column] == 0  # within the photo
+        assert abs((row + 0.5) / rows - (y + 0.5) / height) <= 0.5 / rows + 0.5 / height
+        assert abs((column + 0.5) / columns - (x + 0.5) / width) <= 0.5 / columns + 0.5 / width
+        assert int((kept != resized).sum()) == 1
+
+    @pytest.mark.parametrize("fit", FITS)
+    def test_nothing_changes_where_something_survived_or_nothing_was(self, fit: str) -> None:
+        large, none, unknown = (np.zeros((90, 120), np.uint8) for _ in range(3))
+        large[20:60, 30:90] = 1
+        large[0, 0] = IGNORE  # lost, but the object is there
+        unknown[:] = IGNORE
+        for original in (large, none, unknown):
+            resized = self.resized(original, 32, fit)
+            assert keep_object(original, resized, fit) is resized
 
 
 class TestPfenet:

@@ -181,6 +181,20 @@ def test_failed_write_leaves_nothing(counting: CountingSource, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("in_the_way", "reason"), [("cache", "Not a directory"), ("cache/index", "File exists")], ids=["above", "there"]
+)
+def test_folder_that_cannot_be_made(counting: CountingSource, tmp_path: Path, in_the_way: str, reason: str) -> None:
+    file = tmp_path / in_the_way
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("a file")
+    folder = tmp_path / "cache" / "index"
+    with pytest.raises(DataError) as caught:
+        build_index(counting, "train", cache_dir=folder)
+    assert str(caught.value) == f"cannot keep the index in {folder}: {reason}; name another --cache"
+    assert file.read_text() == "a file"
+
+
 def test_empty_split(tiny_voc: Path) -> None:
     (tiny_voc / "ImageSets" / "Segmentation" / "none.txt").write_text("\n")
     with pytest.raises(DataError, match="split 'none' of voc lists no images"):

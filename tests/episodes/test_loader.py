@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,16 @@ from episodes.index import build_index
 from episodes.loader import EpisodeDataset, episode_loader, support_kinds
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import SUPPORT_KINDS, DataError, EpisodeBatch, EpisodeSpec, SupportKind, UInt8Array
+from episodes.types import (
+    IGNORE,
+    OUTSIDE,
+    SUPPORT_KINDS,
+    DataError,
+    EpisodeBatch,
+    EpisodeSpec,
+    SupportKind,
+    UInt8Array,
+)
 
 SOURCE = SyntheticSource(base_classes=4, novel_classes=2, images_per_class=4, size=48)
 
@@ -187,3 +197,68 @@ def test_nothing_is_known_of_a_support_whose_object_is_lost(kind: SupportKind) -
     batch = EpisodeDataset(source, [spec], plain, plain, supports=(kind,))[0]
     assert (batch.support_masks == 255).all()
     assert (batch.support_truth == 0).all()
+
+
+class WideSource(SyntheticSource):
+    """Photos twice as wide as high: padded, the lower half of a square is no photo."""
+
+    def image(self, image_id: str) -> UInt8Array:
+        return super().image(image_id).repeat(2, axis=1)
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        return super().mask(image_id, class_id).repeat(2, axis=1)
+
+
+class FramedSource(WideSource):
+    """The upper quarter of what is not the object is ignored."""
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        mask = super().mask(image_id, class_id).copy()
+        mask[:12][mask[:12] == 0] = IGNORE
+        return mask
+
+
+def padded_dataset(source: type[SyntheticSource], preset: str, kind: SupportKind) -> EpisodeDataset:
+    opened = source(base_classes=4, novel_classes=2, images_per_class=4, size=48)
+    pairs = build_index(opened, "train").pairs(opened.base_class_ids)
+    specs = EpisodeSampler(pairs, shots=2, seed=1, length=6, order="random", repeat_supports=False)
+    transform = EpisodeTransform(preset, 48, "pad")
+    return EpisodeDataset(opened, specs, transform, transform, supports=(kind,))
+
+
+@pytest.mark.parametrize("preset", ["none", "pfenet", "strong"])
+@pytest.mark.parametrize("kind", SUPPORT_KINDS)
+def test_padding_is_marked_as_outside_and_ignored_pixels_stay_open(preset: str, kind: SupportKind) -> None:
+    ignored_inside = False
+    framed, masks = (padded_dataset(FramedSource, preset, one) for one in (kind, "mask"))
+    for weak, mask, whole in zip(framed, masks, padded_dataset(WideSource, preset, "mask"), strict=True):
+        filled = whole.support_truth == IGNORE  # there, nothing is ignored in the photo
+        assert filled.any()
+        assert torch.equal(weak.support_images, mask.support_images)
+        assert torch.equal(weak.support_truth, mask.support_masks)
+        assert torch.equal(weak.query_masks, mask.query_masks)
+        assert (weak.support_truth[filled] == IGNORE).all()
+        assert not (weak.support_truth == OUTSIDE).any()
+        ignored = (weak.support_truth == IGNORE) & ~filled
+        ignored_inside |= bool(ignored.any())
+        if kind == "mask":
+            assert torch.equal(weak.support_masks, weak.support_truth)
+            continue
+        assert torch.equal(weak.support_masks == OUTSIDE, filled)
+        assert (weak.support_masks[ignored] == IGNORE).all()
+        for known, truth, beside in zip(weak.support_masks[0], weak.support_truth[0], filled[0], strict=True):
+            derived = torch.from_numpy(derive_annotation(truth.numpy(), kind))
+            assert torch.equal(known[~beside], derived[~beside])
+    assert ignored_inside
+    if preset == "none":
+        assert (weak.support_masks[..., 24:, :] == (IGNORE if kind == "mask" else OUTSIDE)).all()
+
+
+def test_of_a_padded_support_whose_object_is_lost_the_photo_is_open() -> None:
+    class Lost(WideSource):
+        def mask(self, image_id: str, class_id: int) -> UInt8Array:
+            return np.zeros_like(super().mask(image_id, class_id))
+
+    batch = padded_dataset(Lost, "none", "box")[0]
+    assert (batch.support_masks[..., :24, :] == IGNORE).all()
+    assert (batch.support_masks[..., 24:, :] == OUTSIDE).all()

@@ -98,8 +98,12 @@ class Handler(BaseHTTPRequestHandler):
             body = body[: it.declared]
         if it.breaks_after:
             body = body[: it.breaks_after.pop(0)]
-        self.wfile.write(body)
-        it.sent += len(body)
+        it.sent += len(body)  # before the last byte is out: then the client may already look at it
+        try:
+            self.wfile.write(body)
+        except OSError:
+            it.sent -= len(body)
+            raise
 
 
 class QuietServer(ThreadingHTTPServer):

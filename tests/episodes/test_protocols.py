@@ -110,6 +110,12 @@ class TestCustom:
         index = small_index({"a": {1: 0, 6: 3}, "b": {1: 1}})
         assert list_pairs(custom_protocol(), index, [1, 6]) == index.pairs([1, 6])
 
+    def test_defaults_suit_ones_own_data(self) -> None:
+        for protocol in (custom_protocol(), get_protocol("custom", None), get_protocol("custom", "pascal")):
+            assert (protocol.name, protocol.query_draw, protocol.novel_in_training) == ("custom", "random", "ignored")
+        given = custom_protocol(query_draw="list", novel_in_training="background")
+        assert (given.query_draw, given.novel_in_training) == ("list", "background")
+
     def test_fields(self) -> None:
         protocol = custom_protocol(name="mine", episodes=7, listed=[["a", 1], ("b", 2)], scoring_size=None)
         assert (protocol.name, protocol.episodes, protocol.listed) == ("mine", 7, frozenset({("a", 1), ("b", 2)}))
@@ -190,6 +196,20 @@ class TestProtocolFile:
             read_protocol(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["mine", "my rules v1.2", "hsnet"])
+    def test_it_is_named_after_its_file_unless_it_names_itself(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / f"{name}.toml"
+        path.write_text("episodes = 3\n")
+        assert read_protocol(path) == custom_protocol(name=name, episodes=3)
+        path.write_text('name = "another"\n')
+        assert read_protocol(path).name == "another"
+
+    def test_its_name_is_in_the_message(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_text("episodes = 0")
+        with pytest.raises(DataError, match=r"mine\.toml: protocol mine: episodes must be a whole number"):
+            read_protocol(path)
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"cannot read protocol .*none\.toml: No such file"):

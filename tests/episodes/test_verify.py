@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes.sources import SourceError, SyntheticSource, VocSource
+from episodes.sources import LabelmeSource, SourceError, SyntheticSource, VocSource
 from episodes.types import DataError, MaskSource, UInt8Array
 from episodes.verify import inspect, report, report_lines, verify
 
@@ -207,6 +207,33 @@ def test_a_class_with_one_image_has_no_episode() -> None:
 def test_an_unknown_split_without_files_is_the_callers_error() -> None:
     with pytest.raises(DataError, match="no split 'test'; it has all"):
         verify(plain_source(), "test")
+
+
+def write_labelme(root: Path, count: int) -> LabelmeSource:
+    """Photos ``0``, ``1``, ... with a rectangle each, labelled cat."""
+    root.mkdir()
+    for number in range(count):
+        Image.fromarray(np.full((20, 30, 3), 9 * number, np.uint8)).save(root / f"{number}.jpg")
+        shape = {"label": "cat", "shape_type": "rectangle", "points": [[2, 3], [12, 13]]}
+        sheet = {"imagePath": f"{number}.jpg", "imageData": None, "imageWidth": 30, "imageHeight": 20}
+        (root / f"{number}.json").write_text(json.dumps(sheet | {"shapes": [shape]}))
+    return LabelmeSource(root)
+
+
+def test_files_that_name_the_classes_may_be_broken_themselves(tmp_path: Path) -> None:
+    source = write_labelme(tmp_path / "labelme", 4)
+    (source.root / "1.json").write_text('{"shapes": [')
+    (source.root / "2.jpg").write_bytes(b"broken")
+    found = inspect(source, "all")
+    assert {(Path(problem.file).name, problem.kind) for problem in found.problems} == {
+        ("1.json", "bad-annotation"),
+        ("2.jpg", "undecodable"),
+    }
+    assert (found.images, found.classes) == (4, {})  # without all files nobody knows the numbers of the classes
+    told = report(source, [found])
+    assert json.loads(json.dumps(told)) == told
+    assert (told["problems"], told["kinds"]) == (2, {"bad-annotation": 1, "undecodable": 1})
+    assert len(report_lines(told)) == 1 + 2
 
 
 def test_report_as_json_and_as_text_say_the_same(tiny_voc: Path) -> None:

@@ -103,6 +103,16 @@ class TestVoc:
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), copy.kind) == ("a.png: no such file; put it there", "missing")
 
+    def test_trains_on_the_larger_list_where_there_is_one(self, tiny_voc: Path, tmp_path: Path) -> None:
+        lists, sbd = tiny_voc / "ImageSets" / "Segmentation", tmp_path / "sbd"
+        (sbd / "cls").mkdir(parents=True)
+        assert VocSource(tiny_voc).default_splits == ("trainaug", "val")
+        (lists / "trainaug.txt").unlink()
+        assert VocSource(tiny_voc).default_splits == ("train", "val")
+        assert VocSource(tiny_voc, sbd=sbd).default_splits == ("trainaug", "val")
+        (lists / "train.txt").unlink()  # with neither, the message about trainaug tells of SBD too
+        assert VocSource(tiny_voc).default_splits == ("trainaug", "val")
+
     def test_fingerprint_sees_a_changed_file(self, tiny_voc: Path) -> None:
         source = VocSource(tiny_voc)
         ids = source.ids("val")

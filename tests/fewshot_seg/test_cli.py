@@ -298,6 +298,18 @@ class TestBadInput:
             "on; give one with --threshold"
         )
 
+    @pytest.mark.parametrize("verb", ["evaluate", "explain", "train"])
+    def test_cache_that_cannot_be_made(
+        self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str], verb: str
+    ) -> None:
+        in_the_way, out = tmp_path / "file", tmp_path / "o"
+        in_the_way.write_text("no folder")
+        arguments = (verb, "--root", str(tiny_voc), *TINY, *SIZE, "--out", str(out))
+        assert error_of(*arguments, "--cache", str(in_the_way / "deep")) == (
+            f"cannot keep the index in {in_the_way / 'deep' / 'index'}: Not a directory; name another --cache"
+        )
+        assert not out.exists()
+
     def test_missing_model(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
         message = error_of("evaluate", "--root", str(tiny_voc), "--model", str(tmp_path / "m.safetensors"))
         assert message.startswith(f"no model file at {tmp_path / 'm.safetensors'}")
@@ -374,6 +386,16 @@ class TestPredict:
             assert set(np.unique(np.asarray(written))) <= {0, 1}
         assert read(tmp_path / kind / "run.json")["configuration"]["support"] == [support]
 
+    def test_thirty_boxes(self, tiny_voc: Path, tmp_path: Path) -> None:
+        boxes = "+".join(f"{k},{k},{k + 20},{k + 20}" for k in range(30))
+        support = f"{tiny_voc / 'JPEGImages' / 'val_01_0.jpg'}:box={boxes}"
+        assert len(Path(support).name) > 255  # no name that a file could have
+        query, out = tiny_voc / "JPEGImages" / "val_01_2.jpg", tmp_path / "found"
+        arguments = ["--support", support, "--query", str(query), "--out", str(out)]
+        assert main(["predict", *TINY, "--size", "64", *arguments]) == 0
+        assert (out / "masks" / "val_01_2.png").exists()
+        assert read(out / "run.json")["configuration"]["support"] == [support]
+
     @pytest.mark.parametrize(
         ("marks", "message"),
         [
@@ -420,9 +442,8 @@ def test_help_names_every_setting(verb: str, config_class: type[Config], capsys:
     assert stopped.value.code == 0
     words = capsys.readouterr().out.split()
     assert words[: 2 + len(verb.split())] == ["usage:", "fewshot-seg", *verb.split()]
-    assert {setting.flag for setting in settings_of(config_class)} | {"--config"} <= {
-        word.strip(",[]") for word in words
-    }
+    flags = {one.flag for one in settings_of(config_class) if not one.positional}
+    assert flags | {"--config"} <= {word.strip(",[]") for word in words}
 
 
 def test_version_and_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from episodes.types import DataError
+from episodes.types import IGNORE, OUTSIDE, DataError
 from fewshot_seg.completion import SupportCompletion, completion_loss, estimate_object, open_part
+from fewshot_seg.similarity import cell_weights
 
 CELLS, FEATURES = 6, 10
 TEMPERATURE = 0.05
@@ -39,66 +40,101 @@ def known(kind: str, height: int = 4, width: int = 5, dtype: torch.dtype = torch
     return foreground, background
 
 
-def first_guess_by_loop(maps: Tensor, foreground: Tensor, background: Tensor) -> list[list[float]]:
-    """One support: (D, h, w), (h, w), (h, w)."""
-    channels, height, width = maps.shape
-    cells = [(y, x) for y in range(height) for x in range(width)]
-    if any(foreground[cell] > 0 for cell in cells):
-        prototype = [sum(float(maps[d][c] * foreground[c]) for c in cells) for d in range(channels)]
+def with_open(sides: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Foreground, background and, as nothing lies beside the photo, all else as open."""
+    return *sides, 1 - sides[0] - sides[1]
+
+
+def beside(inside: Tensor, rows: int = 2, columns: int = 3) -> Tensor:
+    """Something (..., h, w) of a photo at the top left of a larger square: nothing lies beside it."""
+    return F.pad(inside, (0, columns, 0, rows))
+
+
+def first_guess_by_loop(maps: Tensor, foreground: Tensor, background: Tensor, inside: list[Any]) -> dict[Any, float]:
+    """One support: (D, h, w), (h, w), (h, w), and the cells (y, x) of the photo, which lies at the top left."""
+    if any(foreground[cell] > 0 for cell in inside):
+        prototype = [sum(float(channel[cell] * foreground[cell]) for cell in inside) for channel in maps]
         length = math.sqrt(sum(value**2 for value in prototype))
-        likeness = {c: sum(float(maps[d][c]) * prototype[d] / length for d in range(channels)) for c in cells}
+        likeness = {c: sum(float(maps[d][c]) * p / length for d, p in enumerate(prototype)) for c in inside}
         low, high = min(likeness.values()), max(likeness.values())
-        return [[(likeness[y, x] - low) / (high - low) for x in range(width)] for y in range(height)]
-    if any(background[cell] > 0 for cell in cells):
-        return [[1.0] * width for _ in range(height)]
-    ys = [-1 + 2 * y / (height - 1) for y in range(height)]
-    xs = [-1 + 2 * x / (width - 1) for x in range(width)]
-    return [[math.exp(-2 * (y * y + x * x)) for x in xs] for y in ys]
+        return {cell: (value - low) / (high - low) for cell, value in likeness.items()}
+    if any(background[cell] > 0 for cell in inside):
+        return dict.fromkeys(inside, 1.0)
+    bottom, right = inside[-1]
+    return {(y, x): math.exp(-2 * ((-1 + 2 * y / bottom) ** 2 + (-1 + 2 * x / right) ** 2)) for y, x in inside}
 
 
-def estimate_by_loop(maps: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+def estimate_by_loop(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor) -> Tensor:
     _, height, width = maps.shape
-    guess = first_guess_by_loop(maps, foreground, background)
-    sides: tuple[dict[tuple[int, int], float], ...] = ({}, {})
-    for y in range(height):
-        for x in range(width):
-            still_open = 1 - float(foreground[y, x]) - float(background[y, x])
-            sides[0][y, x] = float(foreground[y, x]) + still_open * guess[y][x]
-            sides[1][y, x] = float(background[y, x]) + still_open * (1 - guess[y][x])
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    inside = [cell for cell in cells if foreground[cell] + background[cell] + still_open[cell] > 0]
+    guess = first_guess_by_loop(maps, foreground, background, inside)
+    sides = (
+        {cell: float(foreground[cell] + still_open[cell] * guess[cell]) for cell in inside},
+        {cell: float(background[cell] + still_open[cell] * (1 - guess[cell])) for cell in inside},
+    )
     result = torch.zeros(height, width, dtype=torch.float64)
-    for y in range(height):
-        for x in range(width):
-            means = []
-            for side in sides:
-                kernels = {c: math.exp((float(maps[:, y, x] @ maps[:, c[0], c[1]]) - 1) / TEMPERATURE) for c in side}
-                weight = sum(side.values())
-                mean = sum(share * kernels[c] for c, share in side.items()) / weight if weight else 0.0
-                means.append(max(mean, math.exp(-2 / TEMPERATURE)))
-            result[y, x] = math.log(means[0]) - math.log(means[1])
+    for y, x in cells:
+        means = []
+        for side in sides:
+            kernels = {c: math.exp((float(maps[:, y, x] @ maps[:, c[0], c[1]]) - 1) / TEMPERATURE) for c in side}
+            weight = sum(side.values())
+            mean = sum(share * kernels[c] for c, share in side.items()) / weight if weight else 0.0
+            means.append(max(mean, math.exp(-2 / TEMPERATURE)))
+        result[y, x] = math.log(means[0]) - math.log(means[1])
     return result
 
 
 class TestOpenPart:
-    def test_is_what_is_neither_object_nor_background(self) -> None:
-        foreground, background = torch.tensor([[[0.0, 0.25, 1.0]]]), torch.tensor([[[0.0, 0.5, 0.0]]])
-        assert open_part(foreground, background).tolist() == [[[1.0, 0.25, 0.0]]]
+    def test_is_what_is_not_known(self) -> None:
+        marks = torch.tensor([[[0, IGNORE, 1, IGNORE, OUTSIDE, OUTSIDE], [1, 0, 1, IGNORE, OUTSIDE, IGNORE]]])
+        shares = open_part(marks.to(torch.uint8), (1, 3))
+        assert shares.dtype == torch.float32
+        assert shares.tolist() == [[[0.25, 0.5, 0.25]]]
 
-    def test_is_never_negative(self) -> None:
-        assert open_part(torch.tensor([[[0.7]]]), torch.tensor([[[0.3000001]]])).item() == 0
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+    def test_object_background_open_and_beside_make_one(
+        self, height: int, width: int, rows: int, columns: int, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.tensor([0, 1, OUTSIDE, IGNORE], dtype=torch.uint8)
+        marks = values[torch.randint(0, 4, (2, height, width), generator=generator)]
+        beside_it = F.adaptive_avg_pool2d((marks == OUTSIDE).float()[:, None], (rows, columns))[:, 0]
+        shares = (*cell_weights(marks, (rows, columns)), open_part(marks, (rows, columns)), beside_it)
+        torch.testing.assert_close(sum(shares), torch.ones(2, rows, columns))
 
 
 class TestEstimate:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("seed", [0, 1])
     def test_equals_the_plain_loop(self, kind: str, seed: int) -> None:
-        maps, (foreground, background) = unit(1, CELLS, 4, 5, seed=seed), known(kind)
-        expected = estimate_by_loop(maps[0], foreground[0], background[0])
-        torch.testing.assert_close(estimate_object(maps, foreground, background)[0], expected, rtol=1e-6, atol=1e-6)
+        maps, parts = unit(1, CELLS, 4, 5, seed=seed), with_open(known(kind))
+        expected = estimate_by_loop(maps[0], *(part[0] for part in parts))
+        torch.testing.assert_close(estimate_object(maps, *parts)[0], expected, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_equals_the_plain_loop_beside_a_photo(self, kind: str) -> None:
+        maps, parts = unit(1, CELLS, 6, 8), [beside(part) for part in with_open(known(kind))]
+        expected = estimate_by_loop(maps[0], *(part[0] for part in parts))
+        torch.testing.assert_close(estimate_object(maps, *parts)[0], expected, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_what_lies_beside_the_photo_changes_nothing_in_it(self, kind: str, seed: int) -> None:
+        """The middle of the photo stays its middle, and black padding does not become what is least like the object."""
+        maps, parts = unit(1, CELLS, 6, 8, seed=seed), with_open(known(kind))
+        alone = estimate_object(maps[:, :, :4, :5], *parts)
+        together = estimate_object(maps, *(beside(part) for part in parts))
+        torch.testing.assert_close(together[:, :4, :5], alone)
+
+    def test_where_nothing_is_a_photo_it_is_finite(self) -> None:
+        nothing = torch.zeros(1, 4, 5, dtype=torch.float64)
+        assert estimate_object(unit(1, CELLS, 4, 5), nothing, nothing, nothing).isfinite().all()
 
     def test_supports_of_all_kinds_in_one_batch_are_estimated_alone(self) -> None:
-        maps, marks = unit(len(KINDS), CELLS, 4, 5), [known(kind) for kind in KINDS]
-        foreground, background = (torch.cat(side) for side in zip(*marks, strict=True))
-        together = estimate_object(maps, foreground, background)
+        maps, marks = unit(len(KINDS), CELLS, 4, 5), [with_open(known(kind)) for kind in KINDS]
+        together = estimate_object(maps, *(torch.cat(part) for part in zip(*marks, strict=True)))
         assert together.shape == (len(KINDS), 4, 5)
         for n, sides in enumerate(marks):
             torch.testing.assert_close(together[n], estimate_object(maps[n : n + 1], *sides)[0])
@@ -110,7 +146,7 @@ class TestEstimate:
         maps[0, :, 1, 1:3] = torch.tensor([0.0, 1.0])[:, None]
         background = torch.ones(1, 4, 4)
         background[0, 1:3, 1:3] = 0
-        logits = estimate_object(maps, torch.zeros(1, 4, 4), background)
+        logits = estimate_object(maps, torch.zeros(1, 4, 4), background, 1 - background)
         expected = torch.zeros(1, 4, 4, dtype=torch.bool)
         expected[0, 1, 1:3] = True
         assert torch.equal(logits > 0, expected)
@@ -120,7 +156,7 @@ class TestEstimate:
         maps[0, 0, :, :3], maps[0, 1, :, 3:] = 1, 1
         foreground = torch.zeros(1, 3, 6)
         foreground[0, 1, 4] = 0.1
-        logits = estimate_object(maps, foreground, torch.zeros(1, 3, 6))
+        logits = estimate_object(maps, foreground, torch.zeros(1, 3, 6), 1 - foreground)
         assert torch.equal(logits > 0, maps[:, 1] == 1)
 
     def test_of_a_label_takes_what_is_in_the_middle(self) -> None:
@@ -128,13 +164,13 @@ class TestEstimate:
         maps[0, 0] = 1
         maps[0, :, 1:4, 1:4] = torch.tensor([0.0, 1.0])[:, None, None]
         nothing = torch.zeros(1, 5, 5)
-        assert torch.equal(estimate_object(maps, nothing, nothing) > 0, maps[:, 1] == 1)
+        assert torch.equal(estimate_object(maps, nothing, nothing, 1 - nothing) > 0, maps[:, 1] == 1)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_mirrored_support_is_estimated_mirrored(self, kind: str) -> None:
-        maps, (foreground, background) = unit(1, CELLS, 4, 5), known(kind)
-        mirrored = estimate_object(maps.flip(3), foreground.flip(2), background.flip(2))
-        torch.testing.assert_close(mirrored, estimate_object(maps, foreground, background).flip(2))
+        maps, parts = unit(1, CELLS, 4, 5), with_open(known(kind))
+        mirrored = estimate_object(maps.flip(3), *(part.flip(2) for part in parts))
+        torch.testing.assert_close(mirrored, estimate_object(maps, *parts).flip(2))
 
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 10**6), alike=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
@@ -142,18 +178,17 @@ class TestEstimate:
         generator = torch.Generator().manual_seed(seed)
         maps = unit(2, 3, 1 + seed % 3, 4, seed=seed, dtype=dtype)
         maps = maps[:, :, :1, :1].expand_as(maps) if alike else maps  # a photo of one colour has no likeness to scale
-        shares = torch.rand(3, 2, *maps.shape[2:], generator=generator, dtype=dtype)
-        shares = (shares * (torch.rand(3, 2, 1, 1, generator=generator) < 0.5)).to(dtype)
-        foreground, background = (shares[:2] / shares.sum(0).clamp_min(1)).unbind()
-        logits = estimate_object(maps, foreground, background)
+        shares = torch.rand(4, 2, *maps.shape[2:], generator=generator, dtype=dtype)  # the last is beside the photo
+        shares = (shares * (torch.rand(4, 2, 1, 1, generator=generator) < 0.5)).to(dtype)
+        logits = estimate_object(maps, *(shares[:3] / shares.sum(0).clamp_min(1)).unbind())
         assert logits.dtype == dtype
         assert logits.abs().max() <= 2 / TEMPERATURE + 1e-3
 
     def test_leaves_its_arguments_alone(self) -> None:
-        maps, (foreground, background) = unit(1, CELLS, 4, 5), known("mixed")
-        estimate_object(maps, foreground, background)
+        maps, parts = unit(1, CELLS, 4, 5), with_open(known("mixed"))
+        estimate_object(maps, *parts)
         assert torch.equal(maps, unit(1, CELLS, 4, 5))
-        assert all(torch.equal(*pair) for pair in zip((foreground, background), known("mixed"), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(parts, with_open(known("mixed")), strict=True))
 
 
 def new(**arguments: Any) -> SupportCompletion:
@@ -169,13 +204,11 @@ def disturbed(completion: SupportCompletion) -> SupportCompletion:
     return completion.eval()
 
 
-def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    foreground, background = (torch.cat([side] * batch) for side in known("mixed", dtype=dtype))
+def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return (
         unit(batch, CELLS, 4, 5, dtype=dtype),
         unit(batch, FEATURES, 4, 5, seed=1, dtype=dtype),
-        foreground,
-        background,
+        *(torch.cat([part] * batch) for part in with_open(known("mixed", dtype=dtype))),
     )
 
 
@@ -183,9 +216,9 @@ class TestSupportCompletion:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("training", [False, True])
     def test_untrained_it_is_the_estimate(self, kind: str, training: bool) -> None:
-        maps, features, _, _ = inputs(1)
-        sides = known(kind, dtype=torch.float32)
-        assert torch.equal(new().train(training)(maps, features, *sides), estimate_object(maps, *sides))
+        maps, features, *_ = inputs(1)
+        parts = with_open(known(kind, dtype=torch.float32))
+        assert torch.equal(new().train(training)(maps, features, *parts), estimate_object(maps, *parts))
 
     def test_trained_it_corrects_the_estimate_by_what_it_sees(self) -> None:
         completion, (maps, features, *sides) = disturbed(new()), inputs()
@@ -196,14 +229,13 @@ class TestSupportCompletion:
         other = completion(maps, features.roll(1, 1), *sides) - completion.gain * estimate
         assert (other - correction).abs().max() > 1e-3
 
-    @pytest.mark.parametrize("moved", range(4))
+    @pytest.mark.parametrize("moved", range(5))
     def test_the_correction_depends_on_all_that_is_read(self, moved: int) -> None:
         completion, before = disturbed(new()), list(inputs())
         after = [tensor.flip(-2) if number == moved else tensor for number, tensor in enumerate(before)]
 
-        def correction(maps: Tensor, features: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-            estimate = estimate_object(maps, foreground, background)
-            corrected: Tensor = completion(maps, features, foreground, background) - completion.gain * estimate
+        def correction(maps: Tensor, features: Tensor, *parts: Tensor) -> Tensor:
+            corrected: Tensor = completion(maps, features, *parts) - completion.gain * estimate_object(maps, *parts)
             return corrected
 
         assert (correction(*after) - correction(*before)).abs().max() > 1e-3
@@ -224,6 +256,7 @@ class TestSupportCompletion:
                 unit(1, FEATURES, height, width, dtype=torch.float32),
                 nothing,
                 nothing,
+                1 - nothing,
             )
             assert logits.shape == (1, height, width)
             assert logits.isfinite().all()

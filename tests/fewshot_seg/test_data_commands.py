@@ -145,6 +145,29 @@ class TestVerify:
         assert (code, said) == (0, "all: 5 images, 1 of 1 classes, problems: 0\n")
         assert read(out)["problems"] == 0
 
+    @pytest.mark.parametrize("content", ["{", "[]", '{"shapes": 3}'])
+    def test_one_broken_file_of_labelme(self, tmp_path: Path, call: Callable[..., Any], content: str) -> None:
+        root = tmp_path / "labelme"
+        root.mkdir()
+        for k in range(3):
+            photo = np.random.default_rng(k).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(photo).save(root / f"{k}.jpg")
+            shape = {"label": "cat", "shape_type": "rectangle", "points": [[5, 5], [20, 20]]}
+            sheet = {"imagePath": f"{k}.jpg", "imageWidth": 50, "imageHeight": 40, "shapes": [shape]}
+            (root / f"{k}.json").write_text(json.dumps(sheet))
+        arguments = ("data", "verify", "--data", "labelme", "--root", root)
+        assert call(*arguments)[:2] == (0, "all: 3 images, 1 of 1 classes, problems: 0\n")
+        (root / "1.json").write_text(content)
+        code, out, _ = call(*arguments, "--format", "json")
+        assert code == 1
+        report = json.loads(out)
+        (problem,) = report["splits"][0]["problems"]
+        assert (problem["file"], problem["kind"]) == (str(root / "1.json"), "bad-annotation")
+        assert (report["problems"], report["splits"][0]["images"]) == (1, 3)
+        code, out, _ = call(*arguments)
+        assert (code, len(out.splitlines())) == (1, 2)
+        assert out.splitlines()[0] == "all: 3 images, 0 of 0 classes, problems: 1 (1 bad-annotation)"
+
     def test_no_such_layout(self, tmp_path: Path, call: Callable[..., Any]) -> None:
         for data in ("voc", "coco", "fss", "folder", "coco-json", "labelme"):
             code, out, last = call("data", "verify", "--data", data, "--root", tmp_path / "none")

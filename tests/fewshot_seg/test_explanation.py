@@ -6,22 +6,45 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from episodes.annotations import annotation_of
+from episodes.augment import EpisodeTransform
 from episodes.sources import SyntheticSource
-from episodes.types import EpisodeSpec
+from episodes.types import EpisodeSpec, SupportKind, UInt8Array
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.explanation import episode_picture, explain_episode, write_explanations
 from fewshot_seg.prediction import Predictor
+from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 
 SPEC = EpisodeSpec(class_id=4, support_ids=("val-004-0001",), query_id="val-004-0000", seed=0)
+NAME = "prototype margin"
 TWO = EpisodeSpec(class_id=4, support_ids=("val-004-0001", "val-004-0002"), query_id="val-004-0000", seed=0)
 
 
 @pytest.fixture
 def segmenter(tiny_backbone: Backbone) -> FewShotSegmenter:
-    return training_free(tiny_backbone, channel="prototype margin")
+    return training_free(tiny_backbone, channel=NAME)
+
+
+class WidePhotos(SyntheticSource):
+    """The upper 40 of 64 rows: padded to 48 x 48, a photo fills the upper 30 rows."""
+
+    def image(self, image_id: str) -> UInt8Array:
+        return super().image(image_id)[:40]
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        return super().mask(image_id, class_id)[:40]
+
+
+@pytest.fixture
+def wide() -> WidePhotos:
+    source = WidePhotos(base_classes=3, novel_classes=2, images_per_class=6, size=64)
+    assert all((source.mask(image_id, 4) == 1).any() for image_id in (TWO.query_id, *TWO.support_ids))
+    return source
 
 
 class TestExplainEpisode:
@@ -51,6 +74,49 @@ class TestExplainEpisode:
     def test_pfenet_is_named(self, tiny_backbone: Backbone, tiny_source: SyntheticSource) -> None:
         rival = build_segmenter(tiny_backbone, prior="pfenet").eval()
         assert explain_episode(rival, tiny_source, SPEC, resolution=48).prior_name == "pfenet"
+
+
+class TestPaddedPhotos:
+    def test_prior_covers_the_photo_alone(self, segmenter: FewShotSegmenter, wide: WidePhotos) -> None:
+        episode = explain_episode(segmenter, wide, TWO, resolution=48, fit="pad")
+        transform = EpisodeTransform("none", 48, "pad")
+        squares = [transform(wide.image(one), wide.mask(one, 4), seed=0) for one in TWO.support_ids]
+        with torch.no_grad():
+            encoded = segmenter.encode_support(
+                torch.stack([image for image, _ in squares])[None], torch.stack([mask for _, mask in squares])[None]
+            )
+            levels = segmenter.backbone(transform.photo(wide.image(TWO.query_id))[None])
+            cells = segmenter.segment_levels(encoded, levels, (48, 48)).priors[:, PRIOR_CHANNELS.index(NAME)][:, None]
+        square = F.interpolate(cells, (48, 48), mode="bilinear", align_corners=False)
+        by_hand, whole = (
+            F.interpolate(part, (40, 64), mode="bilinear", align_corners=False)[0, 0].numpy()
+            for part in (square[:, :, :30], square)
+        )
+        assert episode.prior is not None
+        assert episode.query_image.shape == (40, 64, 3)
+        assert np.allclose(episode.prior, by_hand, atol=1e-6)
+        assert not np.allclose(episode.prior, whole, atol=1e-3)
+        assert np.array_equal(episode.prior > 0, episode.prediction == 1)  # the readout's logits are this map
+
+    @pytest.mark.parametrize("support", ["mask", "box", "scribble", "point", "label"])
+    def test_shows_what_the_model_says(self, tiny_backbone: Backbone, wide: WidePhotos, support: SupportKind) -> None:
+        segmenter = training_free(tiny_backbone).eval()
+        episode = explain_episode(segmenter, wide, TWO, resolution=48, support=support, fit="pad")
+        predictor = Predictor(segmenter, 48, "pad")
+        marks = [annotation_of(wide, image_id, 4, support) for image_id in TWO.support_ids]
+        predictor.remember([wide.image(image_id) for image_id in TWO.support_ids], marks, [support == "mask"] * 2)
+        expected = predictor.predict(wide.image(TWO.query_id))
+        assert np.array_equal(episode.attention, expected.attention)
+        assert np.array_equal(episode.prediction, expected.mask)
+
+    def test_point_between_the_pixels_of_the_square(self, tiny_backbone: Backbone, wide: WidePhotos) -> None:
+        segmenter = training_free(tiny_backbone).eval()
+        points, nothing = (
+            explain_episode(segmenter, wide, SPEC, resolution=8, support=kind) for kind in ("point", "label")
+        )
+        assert points.prior is not None
+        assert nothing.prior is not None
+        assert not np.array_equal(points.prior, nothing.prior)
 
 
 class TestPictures:

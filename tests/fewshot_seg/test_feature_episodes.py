@@ -17,10 +17,12 @@ from episodes.index import ClassIndex
 from episodes.loader import EpisodeDataset, episode_loader, support_kinds
 from episodes.sampler import EpisodeSampler
 from episodes.sources import SyntheticSource
-from episodes.types import SUPPORT_KINDS, DataError, EpisodeSpec
+from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, EpisodeSpec, SupportKind, UInt8Array
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureBatch, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import FeatureStore, MaskStore
+from fewshot_seg.segmenter import FewShotSegmenter, training_free
 
 LENGTH, SHOTS = 7, 2
 
@@ -263,6 +265,81 @@ class TestLiveEpisodes:
             for left, right in zip(tensors(live), tensors(cached), strict=True):
                 scale = 1e-3 * right.float().abs().max().item()
                 torch.testing.assert_close(left, right, rtol=2e-3, atol=scale if right.is_floating_point() else 0)
+
+
+class WideSource(SyntheticSource):
+    """Photos twice as wide as high: padded, the lower half of a square is no photo."""
+
+    def image(self, image_id: str) -> UInt8Array:
+        return super().image(image_id).repeat(2, axis=1)
+
+    def mask(self, image_id: str, class_id: int) -> UInt8Array:
+        return super().mask(image_id, class_id).repeat(2, axis=1)
+
+
+class TestPaddedPhotos:
+    """From source to support: what lies beside a weak support is neither object nor background, nor open."""
+
+    @pytest.fixture(params=[False, True], ids=["estimate", "completion"])
+    def segmenter(self, request: pytest.FixtureRequest, tiny_backbone: Backbone) -> FewShotSegmenter:
+        if not request.param:
+            return training_free(tiny_backbone).eval()
+        completion, generator = (
+            SupportCompletion(feature_channels=sum(tiny_backbone.channels), width=8),
+            torch.Generator().manual_seed(3),
+        )
+        with torch.no_grad():
+            for parameter in completion.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return training_free(tiny_backbone, completion=completion).eval()
+
+    def encoded(self, segmenter: FewShotSegmenter, batch: FeatureBatch) -> tuple[Tensor, Tensor]:
+        """What is object or background, and what is open: per cell, (B, K, 4, 4)."""
+        support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
+        shape = (*batch.support_dense.shape, 4, 4)
+        return (support.foreground + support.background).reshape(shape), support.open.reshape(shape)
+
+    @pytest.mark.parametrize("kind", SUPPORT_KINDS)
+    @pytest.mark.parametrize("mirror", [False, True])
+    def test_cached(
+        self,
+        segmenter: FewShotSegmenter,
+        tiny_backbone: Backbone,
+        specs: EpisodeSampler,
+        kind: SupportKind,
+        mirror: bool,
+    ) -> None:
+        source = WideSource(base_classes=3, novel_classes=2, images_per_class=6, size=64)
+        store = FeatureStore(tiny_backbone, source, size=64, directory=None, fit="pad")
+        masks = MaskStore(source, size=64, fit="pad")
+        batch = next(CachedEpisodes(store, masks, list(specs)[:2], mirror=mirror, supports=(kind,)).batches(2))
+        beside = IGNORE if kind == "mask" else OUTSIDE
+        assert (batch.support_masks[..., 32:, :] == beside).all()
+        assert (batch.support_masks[..., :32, :] != OUTSIDE).all()
+        for whole in (batch.support_truth, batch.query_masks):
+            assert (whole[..., 32:, :] == IGNORE).all()
+            assert (whole[..., :32, :] <= 1).all()
+        covered, still_open = self.encoded(segmenter, batch)
+        torch.testing.assert_close(covered[:, :, :2], torch.ones(2, SHOTS, 2, 4))
+        assert not covered[:, :, 2:].any()
+        assert not still_open[:, :, 2:].any()
+        assert bool(still_open.any()) == (kind != "mask")
+
+    @pytest.mark.parametrize("kind", ["box", "label"])
+    def test_live(
+        self, segmenter: FewShotSegmenter, tiny_backbone: Backbone, specs: EpisodeSampler, kind: SupportKind
+    ) -> None:
+        source = WideSource(base_classes=3, novel_classes=2, images_per_class=6, size=64)
+        transform = EpisodeTransform("pfenet", 64, "pad")
+        dataset = EpisodeDataset(source, list(specs)[:3], transform, transform, supports=(kind,))
+        batch = next(LiveEpisodes(tiny_backbone, dataset).batches(3))
+        photo = batch.support_truth != IGNORE  # of this source nothing is ignored
+        assert 0.3 < photo.float().mean() < 0.6
+        covered, still_open = self.encoded(segmenter, batch)
+        expected = torch.nn.functional.avg_pool2d(photo.float(), 16)
+        torch.testing.assert_close(covered, expected)
+        assert (still_open <= expected + 1e-6).all()
+        assert still_open.any()
 
 
 def test_to_moves_every_tensor(plain: CachedEpisodes) -> None:

@@ -18,7 +18,7 @@ from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform, fitted_size
 from episodes.protocols import Fit
 from episodes.sources import SyntheticSource, VocSource
-from episodes.types import SUPPORT_KINDS, DataError, SupportKind, UInt8Array
+from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, SupportKind, UInt8Array
 from fewshot_seg import features
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
@@ -400,15 +400,39 @@ class TestMaskStore:
             found = store.get([image_id] * 5, [class_id] * 5, SUPPORT_KINDS)
             for known, kind in zip(found, SUPPORT_KINDS, strict=True):
                 annotation = derive_annotation(source.mask(image_id, class_id), kind)
-                assert torch.equal(known, transform(image, annotation, seed=0)[1]), kind
+                resize = transform if kind == "mask" else transform.marks
+                assert torch.equal(known, resize(image, annotation, seed=0)[1]), kind
             assert torch.equal(found[0], store.get([image_id], [class_id])[0])  # masks unless told otherwise
-            assert (found[4] == 255).all()
-            if fit == "pad":
+            if fit == "squash":
+                assert (found[4] == IGNORE).all()
+                assert not (found == OUTSIDE).any()
+            else:
                 height, width = fitted_size(*image.shape[:2], SIZE, "pad")
                 assert min(height, width) < SIZE
                 outside = torch.ones(SIZE, SIZE, dtype=torch.bool)
                 outside[:height, :width] = False
-                assert (found[:, outside] == 255).all()
+                assert (found[0, outside] == IGNORE).all()  # masks keep what they always had
+                assert (found[1:, outside] == OUTSIDE).all()
+                assert not (found[:, ~outside] == OUTSIDE).any()
+                assert (found[4, ~outside] == IGNORE).all()
+
+    @pytest.mark.parametrize(("fit", "rows", "place"), [("squash", SIZE, [32, 12]), ("pad", 36, [24, 12])])
+    def test_an_object_smaller_than_a_pixel_of_the_square_keeps_one(
+        self, fit: Fit, rows: int, place: list[int]
+    ) -> None:
+        class Large(SyntheticSource):
+            def mask(self, image_id: str, class_id: int) -> UInt8Array:
+                assert (image_id, class_id) == (IDS[0], 1)
+                mask = np.zeros((900, 1200), np.uint8)
+                mask[600:602, 305] = 1
+                return mask
+
+        store = MaskStore(Large(seed=3, base_classes=2, novel_classes=2, images_per_class=4), size=SIZE, fit=fit)
+        mask, box, scribble, point = store.get([IDS[0]] * 4, [1] * 4, ["mask", "box", "scribble", "point"])
+        for marks, value in ((mask, 1), (box, IGNORE), (scribble, 1), (point, 1)):
+            assert (marks[:rows] == value).nonzero().tolist() == [place]
+        for marks, beside in ((mask, IGNORE), (box, OUTSIDE), (scribble, OUTSIDE), (point, OUTSIDE)):
+            assert (marks[rows:] == beside).all()
 
     def test_takes_what_was_drawn_before_what_can_be_derived(self) -> None:
         store = MaskStore(

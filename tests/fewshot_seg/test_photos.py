@@ -169,6 +169,19 @@ class TestReadSupport:
         expected[:3, :3] = expected[10:, 18:] = 255
         assert np.array_equal(support.marks, expected)
 
+    def test_more_marks_than_a_file_name_may_have_letters(self, tmp_path: Path) -> None:
+        photo = save(tmp_path / "dog.png", flat(60, 80))
+        boxes = [(2 * k, k, 2 * k + 3, k + 4) for k in range(30)]
+        joined = "+".join(",".join(map(str, box)) for box in boxes)
+        assert len(joined) > 255
+        expected = np.zeros((60, 80), np.uint8)
+        for left, top, right, bottom in boxes:
+            expected[top:bottom, left:right] = 255
+        assert np.array_equal(read_support(f"{photo}:box={joined}").marks, expected)
+        for mistake in (f"{photo}:boxes={joined}", f"{photo}:scribble={joined}", f"{'dog' * 100}:mask.png"):
+            with pytest.raises(DataError, match=r"no such file; expected a (mask|photo)$"):
+                read_support(mistake)
+
     def test_points_are_discs_of_two_pixels_in_small_photos(self, tmp_path: Path) -> None:
         support = read_support(f"{save(tmp_path / 'dog.png', flat())}:point=5,6+19,0")
         expected = np.full((12, 20), 255, np.uint8)
@@ -251,6 +264,10 @@ class TestFindQueries:
     def test_nothing(self, tmp_path: Path, query: str, message: str) -> None:
         with pytest.raises(DataError, match=message):
             find_queries([str(tmp_path / query)])
+
+    def test_no_file_system_has_such_a_name(self) -> None:
+        with pytest.raises(DataError, match=r"no such file, folder or match"):
+            find_queries(["dog" * 100 + ".jpg"])
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "A", "a_jpg", "b"]), st.sampled_from([".jpg", ".JPG", ".png"]))))

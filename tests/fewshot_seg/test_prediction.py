@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from episodes.augment import EpisodeTransform
-from episodes.types import DataError, UInt8Array
+from episodes.protocols import Fit
+from episodes.types import IGNORE, OUTSIDE, DataError, UInt8Array
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.prediction import Predictor, predict_folder
 from fewshot_seg.segmenter import training_free
 
@@ -80,6 +84,78 @@ class TestPredictor:
         mask[1, 1] = 1
         with pytest.raises(DataError, match=r"mask of support 1 shows no object at 64 x 64 pixels.*--size"):
             predictor.remember([image], [mask])
+
+
+def box_of(mask: UInt8Array) -> UInt8Array:
+    return (mask * IGNORE).astype(np.uint8)  # the object of `photo` is a rectangle
+
+
+class TestPaddedPhotos:
+    def cropped_by_hand(self, maps: Tensor) -> UInt8Array:
+        """Over a square of 64, of a photo of 70 x 90: 70 * 64 / 90 = 49.8 rows of it are the photo."""
+        enlarged = F.interpolate(maps[:, None, :50], (70, 90), mode="bilinear", align_corners=False)
+        return np.asarray(enlarged[0, 0].numpy())
+
+    def square(self, image: UInt8Array, marks: UInt8Array) -> tuple[Tensor, Tensor]:
+        return EpisodeTransform("none", SIZE, "pad")(image, marks, seed=0)
+
+    def test_masks_are_of_the_photos_size_and_equal_cropping_by_hand(self, tiny_backbone: Backbone) -> None:
+        segmenter, query = training_free(tiny_backbone, threshold=0.3), photo(2, 70, 90)[0]
+        supports = (photo(0), photo(1, 90, 70))
+        predictor = Predictor(segmenter, SIZE, fit="pad")
+        predictor.remember(*zip(*supports, strict=True))
+        squares = [self.square(*support) for support in supports]
+        assert (squares[0][1][40:] == IGNORE).all()
+        images, masks = (torch.stack(side)[None] for side in zip(*squares, strict=True))
+        levels = tiny_backbone(self.square(query, np.zeros((70, 90), np.uint8))[0][None])
+        expected = segmenter.segment_levels(segmenter.encode_support(images, masks), levels, (SIZE, SIZE))
+        margin = self.cropped_by_hand(expected.logits.detach()) - 0.3
+        result = predictor.predict(query)
+        assert result.mask.shape == result.confidence.shape == result.attention.shape == (70, 90)
+        assert np.array_equal(result.mask, margin > 0)
+        np.testing.assert_allclose(result.confidence, 1 / (1 + np.exp(-margin)), atol=1e-5)
+        np.testing.assert_allclose(result.attention, self.cropped_by_hand(expected.attention), atol=1e-5)
+        assert 0 < result.mask.mean() < 1
+
+    @pytest.mark.parametrize("completed", [False, True])
+    def test_what_lies_beside_a_box_is_nothing(self, tiny_backbone: Backbone, completed: bool) -> None:
+        completion = SupportCompletion(feature_channels=sum(tiny_backbone.channels), width=8) if completed else None
+        segmenter = training_free(tiny_backbone, completion=completion)
+        (image, mask), query = photo(0), photo(2, 70, 90)[0]
+        predictor = Predictor(segmenter, SIZE, fit="pad")
+        predictor.remember([image], [box_of(mask)], dense=[False])
+        result = predictor.predict(query)
+        levels = tiny_backbone(self.square(query, np.zeros((70, 90), np.uint8))[0][None])
+        confidences = []
+        for beside in (OUTSIDE, IGNORE):
+            tensor, marks = self.square(image, box_of(mask))
+            marks[40:] = beside  # a photo of 50 x 80 fills 40 rows
+            support = segmenter.encode_support(tensor[None, None], marks[None, None], torch.tensor([[False]]))
+            prediction = segmenter.segment_levels(support, levels, (SIZE, SIZE))
+            confidences.append(self.cropped_by_hand(prediction.logits.detach().sigmoid()))
+            rows = (support.foreground + support.background).reshape(4, 4)
+            torch.testing.assert_close(rows[:2], torch.ones(2, 4))
+            torch.testing.assert_close(
+                rows[2:], torch.tensor([[0.5], [0.0]] if beside == OUTSIDE else [[1.0]] * 2).expand(2, 4)
+            )
+        assert np.array_equal(result.mask, confidences[0] > 0.5)
+        assert np.abs(confidences[0] - confidences[1]).max() > 1e-3  # open padding would be seen
+
+    @pytest.mark.parametrize("fit", ["squash", "pad"])
+    @pytest.mark.parametrize(("value", "around"), [(1, IGNORE), (IGNORE, 0)], ids=["point", "box"])
+    def test_weak_marks_smaller_than_a_pixel_are_kept(
+        self, tiny_backbone: Backbone, fit: Fit, value: int, around: int
+    ) -> None:
+        marks = np.full((900, 1200), around, np.uint8)
+        marks[601, 305] = value
+        image = np.random.default_rng(0).integers(0, 256, (900, 1200, 3)).astype(np.uint8)
+        predictor, without = (Predictor(training_free(tiny_backbone), SIZE, fit) for _ in range(2))
+        predictor.remember([image], [marks], dense=[False])
+        if value == 1:  # not as if nothing had been marked
+            without.remember([image], [np.full_like(marks, IGNORE)], dense=[False])
+            found = (one.predict(photo(2)[0]).confidence for one in (predictor, without))
+            assert not np.array_equal(*found)
+        assert predictor.predict(photo(2)[0]).mask.shape == (50, 80)
 
 
 class TestPredictFolder:

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from episodes.episode_files import read_episodes
+from episodes.protocols import Fit
 from episodes.sources import SyntheticSource
 from episodes.types import SUPPORT_KINDS
+from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.cli import main
+from fewshot_seg.photos import read_photo
+from fewshot_seg.prediction import PhotoPrediction, Predictor
 
 TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random", "--resolution", "64")
 SHORT = ("--steps", "2", "--batch-size", "2", "--validation-episodes", "4")
@@ -226,6 +231,20 @@ class TestEvaluate:
         rules.write_text("episodez = 3\n")
         assert "has no field 'episodez'" in error_of("evaluate", *TINY, *data, "--protocol-file", rules)
 
+    def test_protocol_file_that_takes_a_published_name(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        data, out = write_folder(tmp_path / "d"), tmp_path / "o"
+        for name, content in (("hsnet", "episodes = 3"), ("mine", 'name = "bam"\nepisodes = 3')):
+            rules = tmp_path / f"{name}.toml"
+            rules.write_text(content)
+            called = "hsnet" if name == "hsnet" else "bam"
+            for verb in ("evaluate", "explain"):
+                assert error_of(verb, *TINY, *data, "--protocol-file", rules, "--out", out) == (
+                    f"{rules} calls itself {called!r}, which is a published protocol; give it another name, in the "
+                    "file or of the file"
+                )
+        rules.write_text('name = "custom"\nepisodes = 3')  # which is nobody's
+        assert evaluate(out, *data, "--protocol-file", rules)["protocol"] == "custom"
+
     @pytest.mark.parametrize("support", SUPPORT_KINDS[1:])
     def test_supports(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], support: str) -> None:
         scored = evaluate(tmp_path / "o", *write_folder(tmp_path / "d"), "--support", support, "--count", "4")
@@ -297,6 +316,18 @@ class TestReplay:
         assert "expected JSON" in error_of(*replay)
         assert not (tmp_path / "o").exists()
 
+    def test_fold_is_the_files_under_a_protocol_of_ones_own(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        data, file, rules = write_voc(tmp_path / "d"), tmp_path / "e.json", tmp_path / "mine.toml"
+        rules.write_text("episodes = 3\n")
+        drawn = ("--protocol-file", rules, "--fold", "1", "--out", file)
+        call("data", "episodes", *data, *drawn)
+        replay = (*data, "--episodes", file, "--protocol-file", rules)
+        scored = evaluate(tmp_path / "o", *replay)
+        assert (scored["protocol"], scored["fold"], list(scored["per_class"])) == ("mine", 1, ["bus"])
+        assert read(tmp_path / "o" / "run.json")["data"]["novel_classes"] == [6, 7, 8, 9, 10]
+        message = error_of("evaluate", *TINY, *replay, "--fold", "2", "--out", tmp_path / "p")
+        assert message == f"{file} is of fold 1, but --fold is 2; leave --fold out"
+
     def test_a_protocol_of_ones_own_must_be_named_again(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
         data, file, rules = write_folder(tmp_path / "d"), tmp_path / "e.json", tmp_path / "mine.toml"
         rules.write_text('name = "mine"\nfit = "pad"\n')
@@ -307,6 +338,96 @@ class TestReplay:
         )
         assert evaluate(tmp_path / "o", *data, "--episodes", file, "--protocol-file", rules)["protocol"] == "mine"
         assert evaluate(tmp_path / "o", *data, "--episodes", file, "--protocol", "custom")["protocol"] == "custom"
+
+
+class TestExplain:
+    def test_numbers_end_with_the_runs_of_a_protocol(self, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        data, out = write_voc(tmp_path / "d"), tmp_path / "why"
+        explain = ("explain", *TINY, *data, "--threshold", "0", "--protocol", "bam", "--out", out)
+        message = error_of(*explain, "--numbers", "0", "5000")
+        assert message == "--numbers 5000: the episodes of bam are 0 to 4999"
+        message = error_of(*explain, "--count", "5001")
+        assert message == "--count 5001: the episodes of bam are 0 to 4999"
+        assert not out.exists()
+        call(*explain, "--numbers", "4999")
+        assert [path.name for path in out.glob("*.png")] == ["episode-4999.png"]
+
+    def test_numbers_go_on_where_there_is_one_run(self, tmp_path: Path) -> None:
+        data, out, file = write_voc(tmp_path / "d"), tmp_path / "why", tmp_path / "e.json"
+        call("explain", *TINY, *data, "--threshold", "0", "--numbers", "1003", "--out", out)
+        call("data", "episodes", *data, "--fold", "0", "--count", "1004", "--out", file)
+        spec = read_episodes(file).specs[1003]
+        assert [path.name for path in out.glob("*.png")] == ["episode-1003.png"]
+        shown = f"find it in {spec.query_id}, as shown in {spec.support_ids[0]}"
+        assert shown in (out / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
+    """VOC in tiny, and a model that was trained on it by RePRI's protocol, which pads."""
+    folder = tmp_path_factory.mktemp("padded")
+    data = write_voc(folder / "voc")
+    flags = ("--protocol", "repri", "--no-select-threshold", "--cache", folder / "cache")
+    call("train", *TINY, *SHORT, *data, *flags, "--out", folder / "run")
+    return data, folder / "run" / "model.safetensors"
+
+
+class TestModelOfAProtocol:
+    def test_it_is_scored_by_its_own(self, padded: tuple[list[object], Path], tmp_path: Path) -> None:
+        data, model = padded
+        score = ("evaluate", *data, "--model", model, "--count", "4")
+        call(*score, "--out", tmp_path / "own")
+        call(*score, "--protocol", "repri", "--out", tmp_path / "named")
+        own, named = (read(tmp_path / name / "evaluation.json") for name in ("own", "named"))
+        assert (own["protocol"], len(own["repeats"]), len(own["episodes"])) == ("repri", 5, 20)
+        assert (own["miou"], own["episodes"]) == (named["miou"], named["episodes"])
+        record = read(tmp_path / "own" / "run.json")
+        assert (record["protocol"]["name"], record["protocol"]["fit"]) == ("repri", "pad")
+        assert record["configuration"]["protocol"] is None  # as it was given
+        call("explain", *data, "--model", model, "--count", "1", "--out", tmp_path / "why")
+        record = read(tmp_path / "why" / "run.json")
+        assert (record["protocol"]["name"], record["protocol"]["fit"]) == ("repri", "pad")
+
+    @pytest.mark.parametrize("verb", ["evaluate", "explain"])
+    def test_it_is_not_scored_by_photos_made_square_otherwise(
+        self, padded: tuple[list[object], Path], tmp_path: Path, error_of: Callable[..., str], verb: str
+    ) -> None:
+        data, model = padded
+        ask, rules = (verb, *data, "--model", model, "--out", tmp_path / "o"), tmp_path / "mine.toml"
+        expected = (
+            f"{model} was trained on photos made square by 'pad', protocol hsnet does it by 'squash'; give --protocol "
+            "or --protocol-file as in its training"
+        )
+        assert error_of(*ask, "--protocol", "hsnet") == expected
+        rules.write_text("episodes = 2\n")
+        assert error_of(*ask, "--protocol-file", rules) == expected.replace("hsnet", "mine")
+        assert not (tmp_path / "o").exists()
+        rules.write_text('episodes = 2\nfit = "pad"\n')
+        call(*ask, "--protocol-file", rules, *(("--count", "2") if verb == "explain" else ()))
+
+    def test_it_predicts_padded(self, padded: tuple[list[object], Path], tmp_path: Path) -> None:
+        data, model = padded
+        photos = Path(str(data[3])) / "JPEGImages"
+        shown, query = photos / "val_1_0.jpg", photos / "val_1_3.jpg"
+        mask = mask_of((4, 3, 60, 53), 1)
+        mask.save(tmp_path / "mask.png")
+
+        def predicted(fit: Fit, threshold: float) -> PhotoPrediction:
+            segmenter = load_segmenter(model).segmenter
+            segmenter.threshold = threshold
+            predictor = Predictor(segmenter, 64, fit)
+            predictor.remember([read_photo(shown)], [np.asarray(mask)])
+            return predictor.predict(read_photo(query))
+
+        sure = predicted("pad", 0.0).confidence.astype(np.float64)
+        threshold = float(np.median(np.log(sure / (1 - sure))))  # half of the photo is above it
+        expected, otherwise = predicted("pad", threshold).mask, predicted("squash", threshold).mask
+        assert not np.array_equal(expected, otherwise)
+        support = f"{shown}:{tmp_path / 'mask.png'}"
+        flags = ("--threshold", str(threshold), "--out", tmp_path / "found")
+        call("predict", "--model", model, "--support", support, "--query", query, *flags)
+        with Image.open(tmp_path / "found" / "masks" / "val_1_3.png") as written:
+            assert np.array_equal(np.asarray(written), expected)
 
 
 class TestTrain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.annotations import derive_annotation
-from episodes.types import IGNORE, SUPPORT_KINDS, DataError, SupportKind
+from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, SupportKind
 from fewshot_seg.attention import ATTENTION_KINDS, AttentionKind, gradient_attention, scale_map, score_direction
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.completion import SupportCompletion, estimate_object
+from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior, similarity_priors
 from fewshot_seg.segmenter import (
@@ -349,7 +350,8 @@ class TestSimilarityPriorWithCompletion(SegmenterContract):
         levels = segmenter.backbone(queries)
         maps, nothing = segmenter.similarity(levels), torch.zeros(2, 4, 4)
         assert segmenter.completion is not None
-        assert torch.equal(priors[:, -1], segmenter.completion(maps, join_levels(levels), nothing, nothing))
+        expected = segmenter.completion(maps, join_levels(levels), nothing, nothing, 1 - nothing)
+        assert torch.equal(priors[:, -1], expected)
         similarity = similarity_priors(
             maps,
             support.cells,
@@ -371,9 +373,9 @@ class TestSimilarityPriorWithCompletion(SegmenterContract):
         images, (masks, dense) = photos(1, 2), marked(1, ("box", "scribble"))
         support = segmenter.encode_support(images, masks, dense)
         levels = segmenter.backbone(images[0])
-        known = cell_weights(masks[0], (4, 4))
+        parts = (*cell_weights(masks[0], (4, 4)), open_part(masks[0], (4, 4)))
         assert segmenter.completion is not None
-        expected = segmenter.completion(segmenter.similarity(levels), join_levels(levels), *known).sigmoid()
+        expected = segmenter.completion(segmenter.similarity(levels), join_levels(levels), *parts).sigmoid()
         torch.testing.assert_close(support.share.reshape(2, 4, 4), expected)
 
     @pytest.mark.parametrize("training", [False, True])
@@ -437,8 +439,8 @@ class TestWeakSupports:
         segmenter = disturbed(build_segmenter(tiny_backbone, similarity_rank=4))
         images, (masks, dense) = photos(1, 5), marked(1, WEAK_MIX)
         support = segmenter.encode_support(images, masks, dense)
-        known = cell_weights(masks[0], (4, 4))
-        expected = estimate_object(segmenter.similarity(segmenter.backbone(images[0])), *known).sigmoid()
+        parts = (*cell_weights(masks[0], (4, 4)), open_part(masks[0], (4, 4)))
+        expected = estimate_object(segmenter.similarity(segmenter.backbone(images[0])), *parts).sigmoid()
         found = support.share.reshape(5, 4, 4)
         assert not found[0].any()  # the mask
         torch.testing.assert_close(found[1:], expected[1:])
@@ -467,6 +469,42 @@ class TestWeakSupports:
         assert outside.any()
         assert not support.foreground[outside].any()
         assert torch.equal(support.background[outside], torch.ones(int(outside.sum())))
+
+    @pytest.mark.parametrize("kind", ["box", "scribble", "point", "label"])
+    def test_what_lies_beside_the_photo_is_nothing(self, either: FewShotSegmenter, kind: SupportKind) -> None:
+        masks, dense = marked(2, (kind,))
+        masks[:, :, 40:] = OUTSIDE  # 40 rows of photo: half of the third row of cells, nothing of the fourth
+        support = either.encode_support(photos(2, 1), masks, dense)
+        foreground, background, still_open = (
+            side.reshape(2, 4, 4) for side in (support.foreground, support.background, support.open)
+        )
+        covered = torch.tensor([1.0, 1.0, 0.5, 0.0])[:, None].expand(2, 4, 4)
+        torch.testing.assert_close(foreground + background, covered)
+        assert (still_open <= covered).all()
+        assert still_open[:, :3].any()
+        if kind == "label":
+            assert torch.equal(still_open, covered)
+
+    @pytest.mark.parametrize("kind", ["box", "label"])
+    def test_the_query_is_not_compared_with_what_lies_beside_the_photo(
+        self, either: FewShotSegmenter, kind: SupportKind
+    ) -> None:
+        """Cells of the padding weigh nothing, neither in the first look nor in the second, whatever they look like."""
+        masks, dense = marked(1, (kind,))
+        masks[:, :, 32:] = OUTSIDE
+        query = photos(1, seed=1)
+        support = either.encode_support(photos(1, 1), masks, dense)
+        cells = support.cells.clone()
+        cells[:, 8:] = F.normalize(cells[:, 8:].flip(2) + 1, dim=2)
+        assert not torch.equal(cells, support.cells)
+        before, after = (either.segment(one, query) for one in (support, replace(support, cells=cells)))
+        torch.testing.assert_close(after.priors, before.priors, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-4)
+
+    def test_a_weak_support_that_is_all_padding_is_refused(self, either: FewShotSegmenter) -> None:
+        nothing = torch.full((1, 1, SIZE, SIZE), OUTSIDE, dtype=torch.uint8)
+        with pytest.raises(DataError, match="a support mask has no foreground"):
+            either.encode_support(photos(1, 1), nothing, torch.tensor([[False]]))
 
     def test_a_mask_in_the_same_batch_is_not_changed(self, either: FewShotSegmenter) -> None:
         """Nor by the second look, which the episode with the box gets."""

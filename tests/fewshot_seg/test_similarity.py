@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from episodes.types import IGNORE, DataError
+from episodes.types import IGNORE, OUTSIDE, DataError
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights, join_levels, masked_average_pool
 
 CHANNELS = (5, 9)
@@ -57,6 +57,12 @@ class TestCellWeights:
         for n, mask in enumerate(masks.tolist()):
             torch.testing.assert_close(foreground[n], torch.tensor(loop_cell_weights(mask, size, 1)))
             torch.testing.assert_close(background[n], torch.tensor(loop_cell_weights(mask, size, 0)))
+
+    def test_what_lies_beside_the_photo_is_no_background(self) -> None:
+        marks = torch.tensor([[[1, 0, OUTSIDE, OUTSIDE], [0, IGNORE, OUTSIDE, 0]]], dtype=torch.uint8)
+        foreground, background = cell_weights(marks, (1, 2))
+        assert foreground.tolist() == [[[0.25, 0.0]]]
+        assert background.tolist() == [[[0.5, 0.25]]]
 
     @settings(max_examples=30, deadline=None)
     @given(

@@ -211,6 +211,11 @@ class EpisodeTransform:
         filled = moved == IGNORE
         return tensor, moved.masked_fill(moved == _HIDDEN, IGNORE).masked_fill(filled, OUTSIDE)
 
+    def support(self, image: UInt8Array, marks: UInt8Array, *, is_mask: bool) -> tuple[Tensor, Tensor]:
+        """A support with seed 0: as `__call__` for a mask, as `marks` for less, and `keep_object` for both."""
+        tensor, moved = (self if is_mask else self.marks)(image, marks, seed=0)
+        return tensor, keep_object(marks, moved, self.fit)
+
     def photo(self, image: UInt8Array) -> Tensor:
         """A photo that has no mask, with seed 0: uint8 (H, W, 3) -> float32 (3, S, S) in [0, 1]."""
         return self(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0]

@@ -53,7 +53,7 @@ class IgnoredClasses:
 
     def mask(self, image_id: str, class_id: int) -> UInt8Array:
         """uint8 (H, W): 1 where the class is, 255 where ignored or of an ignored class, 0 elsewhere."""
-        return self._without(self.source.mask(image_id, class_id), image_id, class_id)
+        return self._without(self.source.mask(image_id, class_id), class_id, self.source.class_masks(image_id))
 
     def class_areas(self, image_id: str) -> Mapping[int, int]:
         """Class id -> pixels: those of the data set."""
@@ -62,7 +62,7 @@ class IgnoredClasses:
     def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:
         """Class id -> mask, for the classes present, ascending."""
         masks = self.source.class_masks(image_id)
-        return {class_id: self._without(mask, image_id, class_id) for class_id, mask in masks.items()}
+        return {class_id: self._without(mask, class_id, masks) for class_id, mask in masks.items()}
 
     def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:
         """What the data set has drawn; None if it has nothing of this kind."""
@@ -74,13 +74,9 @@ class IgnoredClasses:
         """That of the data set: the files are the same."""
         return self.source.fingerprint(image_ids)
 
-    def _without(self, mask: UInt8Array, image_id: str, class_id: int) -> UInt8Array:
-        regions = [
-            region
-            for other, region in self.source.class_masks(image_id).items()
-            if other in self.ignored and other != class_id
-        ]
+    def _without(self, mask: UInt8Array, class_id: int, present: Mapping[int, UInt8Array]) -> UInt8Array:
         changed = mask.copy()
-        for region in regions:
-            changed[(region == 1) & (mask == 0)] = IGNORE
+        for other, region in present.items():
+            if other in self.ignored and other != class_id:
+                changed[(region == 1) & (mask == 0)] = IGNORE
         return changed

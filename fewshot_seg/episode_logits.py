@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from episodes.augment import fitted_size
 from episodes.protocols import Fit, ShotRule
 from fewshot_seg.decoder import MaskDecoder, PriorReadout
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
-from fewshot_seg.segmenter import FewShotSegmenter
+from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding
 from fewshot_seg.shot_rules import merge_shots, shot_weights
 from fewshot_seg.similarity import join_levels
 
@@ -50,9 +50,34 @@ class ShotLogits:
 
 
 def to_original(maps: Tensor, shape: tuple[int, int], fit: Fit) -> Tensor:
-    """Maps over the square, float (N, S, S), at a photo's own size (H, W): the part it fills, enlarged."""
+    """Maps over the square, float (N, S, S), at a photo's own size (H, W): the part it fills, enlarged.
+
+    Raises:
+        ValueError: maps that are no squares.
+    """
+    if maps.shape[-2] != maps.shape[-1]:
+        raise ValueError(f"expected maps over the square, got {tuple(maps.shape)}")
     height, width = fitted_size(*shape, maps.shape[-1], fit)
     return F.interpolate(maps[:, None, :height, :width], shape, mode="bilinear", align_corners=False)[:, 0]
+
+
+def segment_photo(
+    segmenter: FewShotSegmenter, support: SupportEncoding, square: Tensor, shape: tuple[int, int], fit: Fit
+) -> Prediction:
+    """`FewShotSegmenter.segment` of one photo at its own size (H, W); its priors stay as the decoder read them.
+
+    Args:
+        segmenter, support: the model and one encoded support.
+        square: float (3, S, S), the photo made square by `fit`.
+        shape: (H, W) of the photo.
+        fit: how it was made square.
+    """
+    levels, side = segmenter.backbone(square[None]), square.shape[-1]
+    if fit == "squash":
+        return segmenter.segment_levels(support, levels, shape)
+    prediction = segmenter.segment_levels(support, levels, (side, side))
+    logits, attention = (to_original(maps, shape, fit) for maps in (prediction.logits, prediction.attention))
+    return replace(prediction, logits=logits, attention=attention)
 
 
 @torch.no_grad()

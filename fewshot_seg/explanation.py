@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from episodes.annotations import annotation_of
-from episodes.augment import EpisodeTransform, keep_object
+from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.episode_logits import to_original
+from fewshot_seg.episode_logits import segment_photo, to_original
 from fewshot_seg.metrics import intersection_union
 from fewshot_seg.pictures import (
     TRUTH,
@@ -86,19 +86,17 @@ def explain_episode(
     device = next(segmenter.backbone.parameters()).device
     images = tuple(source.image(image_id) for image_id in spec.support_ids)
     masks = tuple(annotation_of(source, image_id, spec.class_id, support) for image_id in spec.support_ids)
-    move = transform if support == "mask" else transform.marks
-    squares = [move(image, mask, seed=0) for image, mask in zip(images, masks, strict=True)]
-    kept = [keep_object(mask, moved, fit) for mask, (_, moved) in zip(masks, squares, strict=True)]
+    is_mask = support == "mask"
+    squares = [transform.support(image, mask, is_mask=is_mask) for image, mask in zip(images, masks, strict=True)]
     encoded = segmenter.encode_support(
         torch.stack([image for image, _ in squares])[None].to(device),
-        torch.stack(kept)[None].to(device),
-        torch.full((1, len(squares)), support == "mask", device=device),
+        torch.stack([mask for _, mask in squares])[None].to(device),
+        torch.full((1, len(squares)), is_mask, device=device),
     )
     query, target = source.image(spec.query_id), source.mask(spec.query_id, spec.class_id)
-    levels = segmenter.backbone(transform(query, target, seed=0)[0][None].to(device))
     size = (query.shape[0], query.shape[1])
-    prediction = segmenter.segment_levels(encoded, levels, size if fit == "squash" else (resolution, resolution))
-    mask = to_original(prediction.logits, size, fit).cpu() > prediction.threshold
+    prediction = segment_photo(segmenter, encoded, transform.photo(query).to(device), size, fit)
+    mask = prediction.masks.cpu()
     intersection, union = intersection_union(mask, torch.from_numpy(target)[None])[0, 1].tolist()
     channel = segmenter.decoder.channel if isinstance(segmenter.decoder, PriorReadout) else 0
     prior = prediction.priors[:, channel] if prediction.priors.shape[1] else None
@@ -110,7 +108,7 @@ def explain_episode(
         support_masks=masks,
         support=support,
         query_image=query,
-        attention=to_original(prediction.attention, size, fit)[0].cpu().numpy(),
+        attention=prediction.attention[0].cpu().numpy(),
         prior=None if prior is None else to_original(prior, size, fit)[0].cpu().numpy(),
         prior_name=PRIOR_CHANNELS[channel] if segmenter.prior == "similarity" else segmenter.prior,
         prediction=mask[0].numpy().astype(np.uint8),

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from episodes.annotations import annotation_of
-from episodes.augment import EpisodeTransform, keep_object
+from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import DataError, MaskSource, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
@@ -211,8 +211,7 @@ class MaskStore:
         if key not in self._kept:
             mask = annotation_of(self._source, image_id, class_id, kind)
             placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
-            transform = self._transform if kind == "mask" else self._transform.marks
-            resized = keep_object(mask, transform(placeholder, mask, seed=0)[1], self._transform.fit)
+            resized = self._transform.support(placeholder, mask, is_mask=kind == "mask")[1]
             self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)
         values = np.frombuffer(bytearray(zlib.decompress(self._kept[key])), np.uint8)
         return torch.from_numpy(values.reshape(self._size, self._size))

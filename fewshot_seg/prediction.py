@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from episodes.augment import EpisodeTransform, keep_object
+from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import DataError, UInt8Array
-from fewshot_seg.episode_logits import to_original
+from fewshot_seg.episode_logits import segment_photo
 from fewshot_seg.photos import output_names, read_photo
 from fewshot_seg.pictures import FloatArray, overlay_mask, write_mask, write_picture
 from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
@@ -83,9 +83,9 @@ class Predictor:
         )
 
     def _square(self, image: UInt8Array, marks: UInt8Array, is_mask: bool) -> tuple[Tensor, Tensor]:
-        transform = self._transform if is_mask else self._transform.marks
-        tensor, moved = transform(image, marks, seed=0)
-        return tensor, moved if is_mask else keep_object(marks, moved, self._transform.fit)
+        if is_mask:  # one that shows no object at this size is refused, not mended
+            return self._transform(image, marks, seed=0)
+        return self._transform.support(image, marks, is_mask=False)
 
     @torch.no_grad()
     def predict(self, image: UInt8Array) -> PhotoPrediction:
@@ -96,14 +96,13 @@ class Predictor:
         """
         if self._support is None:
             raise DataError("no support to go by; call remember(images, masks) first")
-        size, fit, side = (image.shape[0], image.shape[1]), self._transform.fit, self._transform.size
-        levels = self._segmenter.backbone(self._transform.photo(image)[None].to(self._device()))
-        prediction = self._segmenter.segment_levels(self._support, levels, size if fit == "squash" else (side, side))
-        margin = to_original(prediction.logits, size, fit)[0] - prediction.threshold
+        square, size = self._transform.photo(image).to(self._device()), (image.shape[0], image.shape[1])
+        prediction = segment_photo(self._segmenter, self._support, square, size, self._transform.fit)
+        margin = prediction.logits[0] - prediction.threshold
         confidence = margin.sigmoid()
         return PhotoPrediction(
             mask=(margin > 0).cpu().numpy().astype(np.uint8),
-            attention=to_original(prediction.attention, size, fit)[0].cpu().numpy(),
+            attention=prediction.attention[0].cpu().numpy(),
             confidence=confidence.cpu().numpy(),
         )
 

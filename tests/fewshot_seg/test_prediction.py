@@ -41,16 +41,19 @@ def predictor(tiny_backbone: Backbone) -> Predictor:
 
 
 class TestPredictor:
-    def test_same_as_the_segmenter_at_the_photos_own_size(self, predictor: Predictor, tiny_backbone: Backbone) -> None:
+    @pytest.mark.parametrize(("height", "width"), [(70, 90), (90, 70)])
+    def test_same_as_the_segmenter_at_the_photos_own_size(
+        self, predictor: Predictor, tiny_backbone: Backbone, height: int, width: int
+    ) -> None:
         segmenter = training_free(tiny_backbone, threshold=0.3)
         transform = EpisodeTransform("none", SIZE)
         squares = [transform(*photo(0), seed=0), transform(*photo(1, 64, 64), seed=0)]
         support = segmenter.encode_support(
             torch.stack([image for image, _ in squares])[None], torch.stack([mask for _, mask in squares])[None]
         )
-        query = photo(2, 70, 90)[0]
-        square = transform(query, np.zeros((70, 90), np.uint8), seed=0)[0]
-        expected = segmenter.segment_levels(support, tiny_backbone(square[None]), (70, 90))
+        query = photo(2, height, width)[0]
+        square = transform(query, np.zeros((height, width), np.uint8), seed=0)[0]
+        expected = segmenter.segment_levels(support, tiny_backbone(square[None]), (height, width))
         result = predictor.predict(query)
         assert np.array_equal(result.mask, expected.masks[0].numpy())
         assert np.array_equal(result.attention, expected.attention[0].numpy())

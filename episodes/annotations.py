@@ -44,6 +44,7 @@ import numpy.typing as npt
 from scipy import ndimage
 from skimage.graph import MCP_Geometric
 
+from episodes.sources.marks import line_width, point_radius
 from episodes.types import IGNORE, SUPPORT_KINDS, DataError, MaskSource, SupportKind, UInt8Array, WeaklyAnnotated
 
 _Region = npt.NDArray[np.bool_]
@@ -55,8 +56,6 @@ _TOUCHING = np.ones((3, 3), dtype=bool)  # pixels that meet at a corner belong t
 _KEPT_ONE_IN = 20  # a region is kept if it has at least one pixel for so many of the largest
 _GRID_SIDE = 100  # most cells along the photo's long side when the path of a scribble is searched
 _LEFT_OFF_ONE_IN = 10  # part of a scribble's path that is left off at either end
-_LEAST_WIDTH, _WIDTH = 3, 0.015  # of a scribble: pixels, and part of the photo's short side
-_LEAST_RADIUS, _RADIUS = 2, 0.01  # of a point: likewise
 
 
 def derive_annotation(mask: UInt8Array, kind: SupportKind) -> UInt8Array:
@@ -158,7 +157,7 @@ def _point(mask: UInt8Array) -> UInt8Array:
     y, x = np.unravel_index(room.argmax(), room.shape)
     rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
     squares = (rows - window[0].start - y) ** 2 + (columns - window[1].start - x) ** 2
-    radius = max(_LEAST_RADIUS, _RADIUS * min(mask.shape))
+    radius = point_radius(mask.shape)
     known = np.full(mask.shape, IGNORE, dtype=np.uint8)
     known[(squares <= radius**2) & (mask == 1)] = 1
     return known
@@ -166,7 +165,7 @@ def _point(mask: UInt8Array) -> UInt8Array:
 
 def _scribbles(mask: UInt8Array) -> UInt8Array:
     cell = -(-max(mask.shape) // _GRID_SIDE)
-    reach = (max(_LEAST_WIDTH, _WIDTH * min(mask.shape)) - 1) / 2  # to either side of a thread of one pixel
+    reach = (line_width(mask.shape) - 1) / 2  # to either side of a thread of one pixel
     known = np.full(mask.shape, IGNORE, dtype=np.uint8)
     for window, region in _kept_regions(mask):
         thread = _thread(region.shape, _middle_line(region, cell))

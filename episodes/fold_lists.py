@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from episodes.folds import ClassSplit, class_split, held_out_split
 from episodes.ignored_classes import IgnoredClasses
@@ -15,12 +14,7 @@ from episodes.n_way import NWaySampler
 from episodes.protocols import EpisodeProtocol, Pair, QueryDraw, evaluation_pairs, query_pairs, training_pairs
 from episodes.sampler import EpisodeSampler, drop_small_classes, repeated
 from episodes.sources import SyntheticSource
-from episodes.types import DataError, EpisodeSpec, MaskSource
-
-
-@runtime_checkable
-class _HasSplitClasses(Protocol):
-    def split_classes(self, split: str) -> tuple[int, ...]: ...
+from episodes.types import DataError, EpisodeSpec, MaskSource, SplitByClasses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +175,7 @@ def class_splits(
     if novel_classes is not None:
         novel = _by_name(source, novel_classes)
         base = tuple(class_id for class_id in class_ids if class_id not in novel)
-    elif isinstance(source, _HasSplitClasses):
+    elif isinstance(source, SplitByClasses):
         training, evaluation = splits_of(protocol, source)
         novel = source.split_classes(evaluation)
         base = tuple(class_id for class_id in source.split_classes(training) if class_id not in novel)

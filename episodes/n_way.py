@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 
 from episodes.protocols import Pair, QueryDraw
-from episodes.sampler import EpisodeSampler
+from episodes.sampler import DrawnSpecs, EpisodeSampler, images_by_class
 from episodes.types import DataError, EpisodeSpec
 
 
-class NWaySampler(Sequence[EpisodeSpec]):
+class NWaySampler(DrawnSpecs):
     """N-way K-shot episodes as specs of one way each: spec n * ways + w is way w of episode n.
 
     The ways of an episode share the query and the seed (whatever happens to the query happens to it in every way)
@@ -42,6 +41,8 @@ class NWaySampler(Sequence[EpisodeSpec]):
         (10, True, 1, True)
     """
 
+    _what = "spec"
+
     def __init__(
         self,
         pairs: Sequence[Pair],
@@ -65,17 +66,12 @@ class NWaySampler(Sequence[EpisodeSpec]):
             repeat_supports=repeat_supports,
             queries=queries,
         )
-        positions: dict[int, dict[str, int]] = {}
-        for image_id, class_id in pairs:
-            own = positions.setdefault(class_id, {})
-            own.setdefault(image_id, len(own))
-        if ways > len(positions):
+        self._images = dict(sorted(images_by_class(pairs).items()))
+        if ways > len(self._images):
             raise DataError(
-                f"{ways}-way episodes need {ways} classes, the pairs have {len(positions)}; "
+                f"{ways}-way episodes need {ways} classes, the pairs have {len(self._images)}; "
                 "use fewer ways or more classes"
             )
-        self._positions = {class_id: positions[class_id] for class_id in sorted(positions)}
-        self._images = {class_id: tuple(own) for class_id, own in self._positions.items()}
         self._ways, self._repeat = ways, repeat_supports
         self._last: tuple[int, tuple[EpisodeSpec, ...]] | None = None
 
@@ -103,21 +99,13 @@ class NWaySampler(Sequence[EpisodeSpec]):
     def __len__(self) -> int:
         return len(self._first) * self._ways
 
-    @overload
-    def __getitem__(self, n: int) -> EpisodeSpec: ...
-    @overload
-    def __getitem__(self, n: slice) -> tuple[EpisodeSpec, ...]: ...
-    def __getitem__(self, n: int | slice) -> EpisodeSpec | tuple[EpisodeSpec, ...]:
-        if isinstance(n, slice):
-            return tuple(self[i] for i in range(*n.indices(len(self))))
-        if not -len(self) <= n < len(self):
-            raise IndexError(f"spec {n} of {len(self)}")
-        episode, way = divmod(n % len(self), self._ways)
+    def _draw(self, n: int) -> EpisodeSpec:
+        episode, way = divmod(n, self._ways)
         if self._last is None or self._last[0] != episode:  # only saves time
-            self._last = (episode, self._draw(episode))
+            self._last = (episode, self._draw_ways(episode))
         return self._last[1][way]
 
-    def _draw(self, n: int) -> tuple[EpisodeSpec, ...]:
+    def _draw_ways(self, n: int) -> tuple[EpisodeSpec, ...]:
         first = self._first[n]
         random = np.random.default_rng([self._first.seed, 2, n])  # EpisodeSampler draws from [seed, 0] and [seed, 1]
         others = [class_id for class_id in self._images if class_id != first.class_id]
@@ -125,12 +113,11 @@ class NWaySampler(Sequence[EpisodeSpec]):
         return first, *(self._way(others[i], first, random) for i in chosen)
 
     def _way(self, class_id: int, first: EpisodeSpec, random: np.random.Generator) -> EpisodeSpec:
-        images = self._images[class_id]
-        skipped = self._positions[class_id].get(first.query_id, len(images))  # the query where it shows the class
-        drawn = random.choice(len(images) - (skipped < len(images)), size=first.shots, replace=self._repeat).tolist()
         return EpisodeSpec(
             class_id=class_id,
-            support_ids=tuple(images[i + (i >= skipped)] for i in drawn),
+            support_ids=self._images[class_id].draw(
+                first.query_id, shots=first.shots, repeat_supports=self._repeat, random=random
+            ),
             query_id=first.query_id,
             seed=first.seed,
         )

@@ -16,8 +16,10 @@ from episodes.types import DataError, EpisodeSpec
 _ORDERS: tuple[QueryDraw, ...] = ("list", "random", "image", "class")
 
 
-class _Specs(Sequence[EpisodeSpec]):
+class DrawnSpecs(Sequence[EpisodeSpec]):
     """Manners of a sequence over `_draw`, which gets 0 <= n < len."""
+
+    _what = "episode"
 
     @abstractmethod
     def _draw(self, n: int) -> EpisodeSpec: ...
@@ -30,11 +32,36 @@ class _Specs(Sequence[EpisodeSpec]):
         if isinstance(n, slice):
             return tuple(self[i] for i in range(*n.indices(len(self))))
         if not -len(self) <= n < len(self):
-            raise IndexError(f"episode {n} of {len(self)}")
+            raise IndexError(f"{self._what} {n} of {len(self)}")
         return self._draw(n % len(self))
 
 
-class EpisodeSampler(_Specs):
+class ClassImages:
+    """Images of one class, each once, that supports are drawn from."""
+
+    def __init__(self, image_ids: Iterable[str]) -> None:
+        self._ids = tuple(dict.fromkeys(image_ids))
+        self._positions = {image_id: position for position, image_id in enumerate(self._ids)}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def draw(self, query_id: str, *, shots: int, repeat_supports: bool, random: np.random.Generator) -> tuple[str, ...]:
+        """Supports of a query, which is skipped where it is one of the images (it need not be)."""
+        skipped = self._positions.get(query_id, len(self))
+        drawn = random.choice(len(self) - (skipped < len(self)), size=shots, replace=repeat_supports)
+        return tuple(self._ids[i + (i >= skipped)] for i in drawn.tolist())
+
+
+def images_by_class(pairs: Iterable[Pair]) -> dict[int, ClassImages]:
+    """Images of every class of some pairs, in their order."""
+    members: dict[int, list[str]] = {}
+    for image_id, class_id in pairs:
+        members.setdefault(class_id, []).append(image_id)
+    return {class_id: ClassImages(image_ids) for class_id, image_ids in members.items()}
+
+
+class EpisodeSampler(DrawnSpecs):
     """A sequence of `EpisodeSpec`; nothing is loaded, spec n is computed when asked for.
 
     Args:
@@ -76,12 +103,7 @@ class EpisodeSampler(_Specs):
         self._pairs = tuple(pairs if queries is None else queries)
         self._shots, self._seed, self._length = shots, _checked_seed(seed), length
         self._order, self._repeat = order, repeat_supports
-        members: dict[int, dict[str, int]] = {}
-        for image_id, class_id in pairs:
-            positions = members.setdefault(class_id, {})
-            positions.setdefault(image_id, len(positions))
-        self._positions = members
-        self._images = {class_id: tuple(positions) for class_id, positions in members.items()}
+        self._images = images_by_class(pairs)
         self._check_counts()
         # of the draws by image and by class: the pairs of each, by position
         groups: dict[str | int, list[int]] = {}
@@ -126,14 +148,12 @@ class EpisodeSampler(_Specs):
     def _draw(self, n: int) -> EpisodeSpec:
         random = np.random.default_rng([self._seed, 0, n])
         query_id, class_id = self._pairs[self._query(n, random)]
-        images = self._images[class_id]
-        # The query is skipped where it is one of its class's images (it need not be: see `queries`).
-        skipped = self._positions[class_id].get(query_id, len(images))
-        others = len(images) - (skipped < len(images))
-        drawn = random.choice(others, size=self._shots, replace=self._repeat)
+        support_ids = self._images[class_id].draw(
+            query_id, shots=self._shots, repeat_supports=self._repeat, random=random
+        )
         return EpisodeSpec(
             class_id=class_id,
-            support_ids=tuple(images[i + (i >= skipped)] for i in drawn.tolist()),
+            support_ids=support_ids,
             query_id=query_id,
             seed=int(random.integers(2**62)),
         )
@@ -193,7 +213,7 @@ class SeededSpecs(Protocol):
     def with_seed(self, seed: int) -> Sequence[EpisodeSpec]: ...
 
 
-class _Repeated(_Specs):
+class _Repeated(DrawnSpecs):
     def __init__(self, samplers: Sequence[Sequence[EpisodeSpec]]) -> None:
         self._samplers = tuple(samplers)
 
@@ -216,7 +236,7 @@ def repeated(sampler: SeededSpecs, repeats: int) -> Sequence[EpisodeSpec]:
     return _Repeated([sampler.with_seed(sampler.seed + k) for k in range(repeats)])
 
 
-class _Shard(_Specs):
+class _Shard(DrawnSpecs):
     def __init__(self, specs: Sequence[EpisodeSpec], numbers: range) -> None:
         self._specs, self._numbers = specs, numbers
 

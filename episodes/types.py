@@ -164,6 +164,15 @@ class MaskSource(Protocol):
 
 
 @runtime_checkable
+class SplitByClasses(Protocol):
+    """A source whose splits have classes of their own."""
+
+    def split_classes(self, split: str) -> tuple[int, ...]:
+        """Classes of a split, ascending. Raises DataError for an unknown split."""
+        ...
+
+
+@runtime_checkable
 class WeaklyAnnotated(Protocol):
     """A source with supports that somebody drew as boxes, scribbles or points, beside its masks or instead of them."""
 

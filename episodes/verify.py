@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from tqdm import tqdm
 
 from episodes.sources import ProblemKind, SourceError
-from episodes.types import DataError, MaskSource, UInt8Array
+from episodes.types import DataError, MaskSource, SplitByClasses, UInt8Array
 
 _FEWEST = 2  # images of a class that an episode of one shot needs: a support and a query
 
@@ -65,11 +65,6 @@ class SplitReport:
 @runtime_checkable
 class _HasSplitFile(Protocol):
     def split_file(self, split: str) -> Path: ...
-
-
-@runtime_checkable
-class _HasSplitClasses(Protocol):
-    def split_classes(self, split: str) -> tuple[int, ...]: ...
 
 
 @runtime_checkable
@@ -236,7 +231,7 @@ class _Inspection:
                 self._add(self._place, "too-few", f"only {count} image of the split shows {shown}", mend)
 
     def _expected_classes(self) -> tuple[int, ...]:
-        if not isinstance(self._source, _HasSplitClasses):
+        if not isinstance(self._source, SplitByClasses):
             return tuple(self._names)
         return tuple(self._source.split_classes(self._split))
 

@@ -11,7 +11,7 @@ from episodes.fold_lists import FoldLists, draw, evaluation_specs, left_out_clas
 from episodes.loader import EpisodeDataset, support_kinds
 from episodes.prepare import prepare
 from episodes.verify import inspect, report, report_lines
-from fewshot_seg.config import DataSettings, EpisodesConfig, PrepareConfig, ShowConfig, VerifyConfig
+from fewshot_seg.config import EpisodesConfig, PrepareConfig, ShowConfig, VerifyConfig
 from fewshot_seg.contact_sheet import write_contact_sheets
 from fewshot_seg.report import Figure, Section, write_page
 from fewshot_seg.runs import RUN_NAME, open_protocol, open_source
@@ -50,7 +50,7 @@ def data_verify(config: VerifyConfig) -> int:
 
 def data_episodes(config: EpisodesConfig) -> int:
     """Write the exact episodes of an evaluation."""
-    lists = _open_lists(config, config.fold, config)
+    lists = _open_lists(config)
     specs = tuple(evaluation_specs(lists, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways))
     first = lists.protocol.seed if config.seed is None else config.seed
     names = lists.source.class_names
@@ -79,7 +79,7 @@ def data_episodes(config: EpisodesConfig) -> int:
 
 def data_show(config: ShowConfig) -> int:
     """Draw what the network sees: supports as they are marked and changed, and queries with their masks."""
-    lists = _open_lists(config, config.fold, config)
+    lists = _open_lists(config)
     training = config.part == "training" and bool(lists.split.base)
     if training:
         index, pairs = lists.training_index, lists.training_pairs
@@ -112,13 +112,13 @@ def data_show(config: ShowConfig) -> int:
     return 0
 
 
-def _open_lists(settings: DataSettings, fold: int, cache: EpisodesConfig | ShowConfig) -> FoldLists:
-    source = open_source(settings)
+def _open_lists(config: EpisodesConfig | ShowConfig) -> FoldLists:
+    source = open_source(config)
     return open_lists(
         source,
-        open_protocol(settings, source),
-        fold=fold,
-        novel_classes=settings.novel_classes,
-        index_cache=cache.cache / "index",
+        open_protocol(config, source),
+        fold=config.fold,
+        novel_classes=config.novel_classes,
+        index_cache=config.cache / "index",
         show_progress=True,
     )

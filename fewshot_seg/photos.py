@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from episodes.sources.decoding import rgb
+from episodes.sources.marks import point_radius
 from episodes.sources.object_masks import object_mask
 from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
 
@@ -107,7 +108,7 @@ def read_support(text: str) -> Support:
             marks[top:bottom, left:right] = IGNORE
         return Support(photo=photo, marks=marks, kind="box")
     marks = np.full(photo.shape[:2], IGNORE, np.uint8)
-    radius = max(2.0, 0.01 * min(marks.shape))  # as points derived from masks: one pixel would not survive resizing
+    radius = point_radius(marks.shape)
     height, width = photo.shape[:2]
     rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
     for x, y in shapes:

@@ -11,14 +11,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from episodes.sources.errors import SourceError
 
 _EXPORT_AGAIN = "correct it or export the annotations again"
 _MAX_PIXELS = 179_000_000  # as Pillow's limit for photos: a mask is made of what the JSON claims
-_ORIENTATION = 0x0112  # EXIF
-_SIDEWAYS = range(5, 9)  # orientations that swap width and height
 
 
 def bad_annotation(file: Path, message: str, mend: str = _EXPORT_AGAIN) -> SourceError:
@@ -65,7 +62,7 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def photo_size(width: object, height: object, file: Path, where: str) -> tuple[int, int]:
+def stated_size(width: object, height: object, file: Path, where: str) -> tuple[int, int]:
     """(height, width) as positive numbers of a sensible size. `where` names the place in the file.
 
     Raises:
@@ -130,9 +127,3 @@ def _can_be_a_file_name(name: str) -> bool:
         return "\0" not in name and bool(os.fsencode(name))
     except UnicodeEncodeError:
         return False
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """(height, width) once EXIF orientation is applied, from the file's header."""
-    width, height = picture.size
-    return (width, height) if picture.getexif().get(_ORIENTATION) in _SIDEWAYS else (height, width)

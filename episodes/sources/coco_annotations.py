@@ -16,8 +16,8 @@ from episodes.sources.annotation_files import (
     inner_name,
     is_whole,
     kind_of,
-    photo_size,
     read_json_object,
+    stated_size,
 )
 from episodes.sources.errors import SourceError
 
@@ -163,7 +163,7 @@ def _photos(entries: list[dict[str, Any]], path: Path) -> dict[object, CocoPhoto
             raise bad_annotation(path, f"two images have the id {number!r:.40}")
         where = f"image {number!r:.40}"
         name = inner_name(entry.get("file_name"), path, where)
-        photos[number] = CocoPhoto(name, photo_size(entry.get("width"), entry.get("height"), path, where), [])
+        photos[number] = CocoPhoto(name, stated_size(entry.get("width"), entry.get("height"), path, where), [])
     return photos
 
 

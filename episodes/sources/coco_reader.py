@@ -9,10 +9,9 @@ from pathlib import Path
 
 from PIL import ImageOps
 
-from episodes.sources.annotation_files import upright_size
 from episodes.sources.coco_annotations import CocoAnnotations, CocoPhoto
 from episodes.sources.coco_outlines import class_mask
-from episodes.sources.decoding import opened, rgb
+from episodes.sources.decoding import opened, rgb, upright_size
 from episodes.sources.errors import SourceError
 from episodes.sources.fingerprints import fingerprint_files
 from episodes.types import DataError, UInt8Array

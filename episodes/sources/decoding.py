@@ -26,6 +26,10 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
+_ORIENTATION = 0x0112  # EXIF
+_SIDEWAYS = range(5, 9)  # orientations that swap width and height
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
 
 def missing_file(path: Path) -> SourceError:
     """The error of a file that is not there."""
@@ -47,6 +51,12 @@ def opened(path: Path, what: str) -> Iterator[Image.Image]:
         raise SourceError(
             path, "undecodable", f"{what} cannot be decoded ({reason})", "fetch or save the file again"
         ) from None
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(height, width) once EXIF orientation is applied, from the file's head."""
+    width, height = picture.size
+    return (width, height) if picture.getexif().get(_ORIENTATION) in _SIDEWAYS else (height, width)
 
 
 def rgb(picture: Image.Image) -> UInt8Array:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from episodes.sources.decoding import PHOTO_SUFFIXES
 from episodes.sources.errors import SourceError
 from episodes.sources.split_lists import list_lines
 from episodes.types import DataError
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 BACKGROUND_MARK = 254
 """Value of an index picture that marks background in scribbles and points; no class may have it."""
 

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from episodes.sources.decoding import opened
+from episodes.sources.decoding import opened, upright_size
 from episodes.sources.errors import SourceError
 from episodes.types import IGNORE, UInt8Array
 
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
-_EXIF_ORIENTATION = 0x0112
-_LYING = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def read_label_map(path: Path) -> UInt8Array:
@@ -69,9 +67,9 @@ def label_areas(labels: UInt8Array, known: Collection[int], path: Path, expected
 def photo_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
     """Width and height from the head of a photo; `upright` applies the orientation that its EXIF data asks for."""
     with opened(path, "photo") as picture:
-        width, height = picture.size
-        if upright and picture.getexif().get(_EXIF_ORIENTATION) in _LYING:
-            return height, width
+        if not upright:
+            return picture.size
+        height, width = upright_size(picture)
         return width, height
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageOps
 
-from episodes.sources.annotation_files import upright_size
-from episodes.sources.decoding import missing_file, opened, rgb
+from episodes.sources.decoding import PHOTO_SUFFIXES, missing_file, opened, rgb, upright_size
 from episodes.sources.errors import SourceError
 from episodes.sources.fingerprints import fingerprint_files
 from episodes.sources.labelme_shapes import (
@@ -30,13 +29,11 @@ from episodes.sources.labelme_shapes import (
     embedded_photo,
     read_labelme,
 )
+from episodes.sources.marks import line_width, point_radius
 from episodes.sources.split_lists import default_splits, list_lines, read_split, split_file
 from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
 
 _CLASSES_FILE = "classes.txt"
-_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_POINT_RADIUS = (2.0, 0.01)  # pixels at least, share of the photo's short side
-_LINE_WIDTH = (3.0, 0.015)
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,8 @@ class LabelmeSource:
             return boxes
         result: UInt8Array = np.full(size, IGNORE, dtype=np.uint8)
         if kind != "label":
-            least, share = _POINT_RADIUS if kind == "point" else _LINE_WIDTH
-            marks = draw_marks(shapes, size, labelled.file, max(least, share * min(size)))
+            extent = point_radius(size) if kind == "point" else line_width(size)
+            marks = draw_marks(shapes, size, labelled.file, extent)
             result[marks & ~_ignored(labelled, size)] = 1
         return result
 
@@ -231,7 +228,7 @@ class LabelmeSource:
     def _photo_file(self, labelled: LabelledPhoto) -> Path | None:
         """The photo's file; None when the embedded photo is to be used."""
         names = [labelled.photo_name] if labelled.photo_name else []
-        names += [labelled.file.stem + suffix for plain in _PHOTO_SUFFIXES for suffix in (plain, plain.upper())]
+        names += [labelled.file.stem + suffix for plain in PHOTO_SUFFIXES for suffix in (plain, plain.upper())]
         for name in names:
             if os.path.isfile(self.root / name):  # noqa: PTH113  never raises
                 return self.root / name

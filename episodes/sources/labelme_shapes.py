@@ -18,8 +18,8 @@ from episodes.sources.annotation_files import (
     coordinates,
     inner_name,
     kind_of,
-    photo_size,
     read_json_object,
+    stated_size,
 )
 from episodes.sources.decoding import missing_file
 from episodes.sources.errors import SourceError
@@ -99,7 +99,7 @@ def _parse(path: Path, length: int, mtime: int) -> LabelledPhoto:  # noqa: ARG00
         )
     shapes = tuple(_shape(entry, number, path) for number, entry in enumerate(entries, start=1))
     sides = content.get("imageWidth"), content.get("imageHeight")
-    size = None if sides == (None, None) else photo_size(*sides, path, "imageWidth and imageHeight")
+    size = None if sides == (None, None) else stated_size(*sides, path, "imageWidth and imageHeight")
     flags = content.get("flags")
     set_flags = (name for name, value in flags.items() if value is True) if isinstance(flags, dict) else ()
     return LabelledPhoto(

@@ -8,7 +8,23 @@ from scipy import ndimage
 
 from episodes.types import IGNORE, UInt8Array
 
+_LEAST_WIDTH, _WIDTH = 3.0, 0.015  # of a line: pixels, and part of the photo's short side
+_LEAST_RADIUS, _RADIUS = 2.0, 0.01  # of a point: likewise
 _TOUCHING = np.ones((3, 3), dtype=bool)  # pixels that meet at a corner belong together
+
+
+def line_width(shape: tuple[int, ...]) -> float:
+    """Width in pixels of a line drawn on a photo of (H, W): thinner ones would not survive resizing.
+
+    >>> line_width((100, 150)), line_width((600, 400))
+    (3.0, 6.0)
+    """
+    return max(_LEAST_WIDTH, _WIDTH * min(shape))
+
+
+def point_radius(shape: tuple[int, ...]) -> float:
+    """Radius in pixels of the disc that stands for a point on a photo of (H, W)."""
+    return max(_LEAST_RADIUS, _RADIUS * min(shape))
 
 
 def box_annotation(drawn: npt.NDArray[np.bool_]) -> UInt8Array:

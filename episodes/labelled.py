@@ -87,6 +87,10 @@ class LabelledImages:
         with opened(self.root / image_id, "photo") as picture:
             return rgb(ImageOps.exif_transpose(picture))
 
+    def image_file(self, image_id: str) -> Path:
+        """The photo of an id."""
+        return self.root / image_id
+
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """Hex digest of (relative path, size, mtime) of these photos. Raises SourceError for a missing one."""
         digest = hashlib.sha256()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -104,6 +105,15 @@ class PhotoSource(Protocol):
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """Hex digest that changes when one of these photos changes; fast."""
+        ...
+
+
+@runtime_checkable
+class PhotoFiles(Protocol):
+    """A source whose photos are files: what is computed from a photo can then be kept by its content."""
+
+    def image_file(self, image_id: str) -> Path:
+        """The photo's file; for an unknown id, a place where nothing is."""
         ...
 
 

@@ -114,10 +114,19 @@ def similarity_attention(maps: Tensor, direction: Tensor, *, rectify: bool = Tru
     pooled = maps.mean(dim=(2, 3))
     length = pooled.norm(dim=1, keepdim=True).clamp_min(1e-12)
     embedding = pooled / length
-    along = (direction * embedding).sum(dim=1, keepdim=True)
-    channel_weights = (direction - along * embedding) / (length * maps.shape[2] * maps.shape[3])
+    channel_weights = attention_weights(embedding, direction) / (length * maps.shape[2] * maps.shape[3])
     attention = torch.einsum("bc,bchw->bhw", channel_weights, maps)
     return attention.relu() if rectify else attention
+
+
+def attention_weights(embedding: Tensor, direction: Tensor) -> Tensor:
+    """v - (v . f) f, the alpha_k of the closed form but for their common factor 1 / (|GAP(A)| h w).
+
+    Args:
+        embedding: unit-length float (B, C), the f.
+        direction: float (B, C), the v.
+    """
+    return direction - (direction * embedding).sum(dim=1, keepdim=True) * embedding
 
 
 def similar_weight(anchor: Tensor, other: Tensor) -> Tensor:

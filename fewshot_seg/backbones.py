@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Self, cast
@@ -62,9 +62,20 @@ class Backbone(nn.Module):
         self.strides = tuple(strides)
         self.channels = tuple(available[stride] for stride in strides)
         self.mean, self.std = tuple(mean), tuple(std)
-        # depthwise convolutions are much faster in channels_last on CPUs
-        self.encoder = encoder.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.encoder = encoder.requires_grad_(False)
+        self._run: Callable[[Tensor], Sequence[Tensor]] | None = None
+        self.run_in(torch.float32, channels_last=True)  # depthwise convolutions are much faster so on CPUs
         self.eval()
+
+    def run_in(self, precision: torch.dtype, *, channels_last: bool) -> None:
+        """Set precision of the arithmetic (float32 or bfloat16) and layout; weights and outputs stay float32."""
+        self.precision = precision
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.encoder.to(memory_format=self._layout)
+
+    def run_by(self, run: Callable[[Tensor], Sequence[Tensor]] | None) -> None:
+        """Let `run` do what the encoder does: its compiled form. None is the encoder itself."""
+        self._run = run
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - frozen: the mode is refused on purpose
         """Stay in evaluation mode: batch statistics of episodes must not leak into frozen features."""
@@ -83,7 +94,9 @@ class Backbone(nn.Module):
         """As `forward`, with a gradient from the features back to the images; the weights stay frozen."""
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
-        maps = self.encoder(((images - mean) / std).contiguous(memory_format=torch.channels_last))
+        normalised = ((images - mean) / std).contiguous(memory_format=self._layout)
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+            maps = (self._run or self.encoder)(normalised)
         by_stride = {2**stage: level for stage, level in enumerate(maps)}
         height, width = images.shape[2:]
         for stride in self.strides:
@@ -92,7 +105,7 @@ class Backbone(nn.Module):
                     f"backbone {self.name!r} drops the border of {height} x {width} images at stride {stride}; "
                     f"choose a size that is a multiple of {self.strides[-1]}"
                 )
-        return tuple(by_stride[stride].contiguous() for stride in self.strides)
+        return tuple(by_stride[stride].float().contiguous() for stride in self.strides)
 
     @cached_property
     def fingerprint(self) -> str:

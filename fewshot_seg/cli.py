@@ -1,11 +1,13 @@
 """``fewshot-seg``: flags from the configuration classes, one-line errors, exit codes.
 
-0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 130: interrupted.
+0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 3: another process of a
+run under torchrun was lost; 130: interrupted; 143: stopped by SIGTERM under torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from fewshot_seg.config import (
     EpisodesConfig,
     EvaluateConfig,
     ExplainConfig,
+    ExportConfig,
     PredictConfig,
     PrepareConfig,
     Setting,
@@ -32,8 +35,18 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
+from fewshot_seg.distributed import (
+    LostRankError,
+    Ranks,
+    SaidByFirstError,
+    TerminatedError,
+    launched_ranks,
+    process_group,
+)
 
 PROGRAM = "fewshot-seg"
+_OVER_RANKS: tuple[Callable[[Any], int], ...] = (commands.train, commands.evaluate_method)
+"""What several processes can do together."""
 
 _Verb = tuple[type[Config], Callable[[Any], int], str]
 _VERBS: dict[str, _Verb] = {
@@ -42,6 +55,7 @@ _VERBS: dict[str, _Verb] = {
     "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
     "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
+    "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
 }
 _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "data": (
@@ -153,15 +167,47 @@ def _path(text: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    ranks, working = Ranks(), False
     try:
+        ranks = launched_ranks()
         given = vars(build_parser().parse_args(arguments))
         config_class, command, file = (given.pop(name) for name in ("config_class", "command", "config"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        code: int = command(resolve(config_class, flags, file))
+        config = resolve(config_class, flags, file)
+        with _joined(command, config, ranks):
+            working = True
+            code: int = command(config)
     except DataError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
         return 2
+    except LostRankError as error:
+        _say(f"error: {' '.join(str(error).split())}", ranks)
+        return 3
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; a training goes on with --resume", file=sys.stderr)
+        _say("interrupted; a training goes on with --resume", ranks, alike=True)
         return 130
+    except TerminatedError as error:
+        _say(str(error), ranks, alike=True)
+        return 143
     return code
+
+
+def _joined(command: Callable[[Any], int], config: Any, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
+    """The process group of a verb that several processes can do together.
+
+    Raises:
+        DataError: several processes, and another verb.
+    """
+    if command in _OVER_RANKS:
+        return process_group(config.device)
+    if ranks.size > 1:
+        raise DataError("torchrun is for the verbs train and evaluate; start this one without it")
+    return contextlib.nullcontext()
+
+
+def _say(message: str, ranks: Ranks, *, alike: bool = False) -> None:
+    """A line on stderr; what all ranks would say `alike` is said by the first."""
+    if ranks.first:
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
+    elif not alike:
+        print(f"{PROGRAM}: rank {ranks.rank}: {message}", file=sys.stderr)

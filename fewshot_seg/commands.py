@@ -13,12 +13,15 @@ from fewshot_seg.config import (
     EpisodeSettings,
     EvaluateConfig,
     ExplainConfig,
+    ExportConfig,
     PredictConfig,
     TrainConfig,
 )
 from fewshot_seg.demo import run_demo, score_table
+from fewshot_seg.distributed import current_ranks
 from fewshot_seg.evaluation import Evaluation, evaluate
 from fewshot_seg.explanation import write_explanations
+from fewshot_seg.export import check_packages, export_segmenter
 from fewshot_seg.fold_data import FoldData, stored_episodes
 from fewshot_seg.method import open_method, open_on_data, take_usual_threshold
 from fewshot_seg.metrics import IoUResult
@@ -53,7 +56,10 @@ def demo(config: DemoConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train one fold and write its model."""
-    trained = run_training(config, device=pick_device(config.device), show_progress=True)
+    first = current_ranks().first
+    trained = run_training(config, device=pick_device(config.device), show_progress=first)
+    if not first:
+        return 0
     if trained.held_out_miou is not None:
         threshold = trained.segmenter.threshold
         print(f"threshold {threshold:.3f}: mIoU {trained.held_out_miou:.1f} on held-out base classes")
@@ -63,10 +69,11 @@ def train(config: TrainConfig) -> int:
 
 def evaluate_method(config: EvaluateConfig) -> int:
     """Score a model or a prior map on the novel classes."""
+    first = current_ranks().first
     file, listed = config.episodes, None if config.episodes is None else read_episodes(config.episodes)
     if listed is not None:
         config = of_episodes(config, listed)
-    method, data = open_on_data(config, show_progress=True)
+    method, data = open_on_data(config, show_progress=first)
     if listed is None:
         specs = evaluation_specs(data, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways)
         repeats = data.protocol.repeats
@@ -81,15 +88,18 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "fit": data.protocol.fit,
         "shot_rule": rule,
         "repeats": repeats,
+        "support_cells": config.support_cells,
         "batch_size": max(1, config.batch_size // config.ways),
-        "show_progress": True,
+        "show_progress": first,
     }
-    episodes = stored_episodes(data, specs, support=config.support, show_progress=True)
+    episodes = stored_episodes(data, specs, support=config.support, show_progress=first)
     evaluation: Evaluation | NWayEvaluation
     if config.ways == 1:
         evaluation = evaluate(method.segmenter, episodes, **arguments)
     else:
         evaluation = evaluate_n_way(method.segmenter, episodes, ways=config.ways, **arguments)
+    if not first:
+        return 0
     left_out = () if listed is not None else left_out_classes(data, shots=config.shots)
     results = {
         "benchmark": benchmark_name(data),
@@ -175,15 +185,24 @@ def explain(config: ExplainConfig) -> int:
 
 def predict(config: PredictConfig) -> int:
     """Segment people's own photos; 1 if some could not be read."""
-    queries = find_queries(config.query)
-    supports = [read_support(pair) for pair in config.support]
+    queries = find_queries(config.query or ())
+    supports = [read_support(pair) for pair in config.support or ()]
     method = open_method(config)
     if not method.threshold_origin:
         method = take_usual_threshold(method, config)
     predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE, method.fit)
-    predictor.remember(
-        [one.photo for one in supports], [one.marks for one in supports], [one.kind == "mask" for one in supports]
-    )
+    names = config.support or ()
+    if config.support_set is not None:
+        names = predictor.load_support(config.support_set)
+    else:
+        predictor.remember(
+            [one.photo for one in supports], [one.marks for one in supports], [one.kind == "mask" for one in supports]
+        )
+    if config.save_support is not None:
+        predictor.save_support(config.save_support, names)
+        print(f"support set of {len(names)} photo(s): {config.save_support}")
+        if not queries:
+            return 0
     result = predict_folder(predictor, queries, config.out, show_progress=True)
     record = {
         "verb": "predict",
@@ -192,6 +211,7 @@ def predict(config: PredictConfig) -> int:
         "results": {
             "method": method.name,
             "threshold": method.segmenter.threshold,
+            "supports": list(names),
             "photos": [
                 {
                     "query": str(one.query),
@@ -210,3 +230,15 @@ def predict(config: PredictConfig) -> int:
     for failure in result.failures:
         print(f"fewshot-seg: skipped {failure}", file=sys.stderr)
     return 1 if result.failures else 0
+
+
+def export(config: ExportConfig) -> int:
+    """Write the method as ONNX graphs."""
+    check_packages()
+    method = open_method(config)
+    if not method.threshold_origin:
+        method = take_usual_threshold(method, config)
+    size = config.size or method.resolution or _PREDICT_SIZE
+    metadata = export_segmenter(method.segmenter, config.out, size=size, fit=method.fit, name=method.name)
+    print(f"{', '.join(graph['file'] for graph in metadata['graphs'].values())} and how to use them: {config.out}")
+    return 0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from episodes.types import IGNORE, DataError
-from fewshot_seg.decoder import ConvolutionBlock
+from fewshot_seg.decoder import ConvolutionBlock, MapDropout
 from fewshot_seg.priors import TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
 
@@ -122,11 +122,11 @@ class SupportCompletion(nn.Module):
         }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-            self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
+            self.reduce = nn.Sequential(MapDropout(dropout), nn.Conv2d(feature_channels, appearance, 1))
             self.entry = ConvolutionBlock(appearance + _HINTS, width, 1)
             self.blocks = nn.ModuleList(ConvolutionBlock(width, width, 3, dilation) for dilation in _DILATIONS)
             self.context = nn.Linear(width, width)
-            self.dropout = nn.Dropout2d(dropout)
+            self.dropout = MapDropout(dropout)
             self.exit = nn.Conv2d(width, 1, 1)
         nn.init.zeros_(self.exit.weight)
         nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]  # a convolution with bias
@@ -135,6 +135,13 @@ class SupportCompletion(nn.Module):
     def description(self) -> dict[str, Any]:
         """Arguments that build it again, all but the seed."""
         return dict(self._description)
+
+    def pass_over(self, rows: int, like: Tensor) -> None:
+        """Draw the dropout of so many supports and drop it: they are other ranks', whose random state is to agree."""
+        reducing = self.reduce[0]
+        if self.training and isinstance(reducing, MapDropout) and 0 < reducing.p < 1:
+            reducing.draw(rows, self.feature_channels, like)
+            self.dropout.draw(rows, self.context.in_features, like)
 
     def forward(
         self, maps: Tensor, features: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from episodes.types import DataError
 from fewshot_seg.attention import scale_map
+from fewshot_seg.distributed import current_rows
 
 
 class PriorReadout(nn.Module):
@@ -32,6 +33,25 @@ class PriorReadout(nn.Module):
         """float (B, P, h, w) -> float (B, h, w); the other arguments are the `MaskDecoder`'s."""
         chosen = priors[:, self.channel]
         return scale_map(chosen.relu()) if self.scaled else chosen
+
+
+class MapDropout(nn.Dropout2d):
+    """`torch.nn.Dropout2d`, the same whether a batch is one process's or split over ranks.
+
+    Inside `distributed.split_rows` it draws what Dropout2d would draw for the batch of all ranks, and uses its rows.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """float (B, C, h, w), same shape."""
+        rows = current_rows()
+        if rows is None or not self.training or self.p in (0, 1):
+            return super().forward(maps)
+        kept = self.draw(rows.total, maps.shape[1], maps)
+        return maps * kept[rows.before : rows.before + len(maps)]
+
+    def draw(self, rows: int, channels: int, like: Tensor) -> Tensor:
+        """What maps are multiplied by, float (rows, channels, 1, 1): 0, or 1 / (1 - p)."""
+        return like.new_empty(rows, channels, 1, 1).bernoulli_(1 - self.p).div_(1 - self.p)
 
 
 class ConvolutionBlock(nn.Module):
@@ -100,10 +120,10 @@ class MaskDecoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
             if appearance:
-                self.reduce = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(feature_channels, appearance, 1))
+                self.reduce = nn.Sequential(MapDropout(dropout), nn.Conv2d(feature_channels, appearance, 1))
             self.entry = ConvolutionBlock(prior_channels + 2 * appearance, width, 1)
             self.blocks = nn.ModuleList(ConvolutionBlock(width, width, 3) for _ in range(blocks))
-            self.dropout = nn.Dropout2d(dropout)
+            self.dropout = MapDropout(dropout)
             self.refine = ConvolutionBlock(width, width, 3)
             self.exit = nn.Conv2d(width, 1, 1)
         nn.init.zeros_(self.exit.weight)
@@ -143,3 +163,7 @@ class MaskDecoder(nn.Module):
 
 def _double(maps: Tensor) -> Tensor:
     return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+Decoder = MaskDecoder | PriorReadout
+"""Whatever turns prior maps into logits."""

@@ -10,8 +10,7 @@ from episodes.protocols import get_protocol
 from episodes.sources import SyntheticSource
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.config import DemoConfig, TrainConfig
-from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.episode_logits import Decoder
+from fewshot_seg.decoder import Decoder, PriorReadout
 from fewshot_seg.evaluation import choose_thresholds, evaluate, evaluate_heads
 from fewshot_seg.explanation import WrittenExplanation, write_explanations
 from fewshot_seg.feature_episodes import FeatureEpisodes

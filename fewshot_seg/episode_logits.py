@@ -12,13 +12,11 @@ from tqdm import tqdm
 
 from episodes.augment import fitted_size
 from episodes.protocols import Fit, ShotRule
-from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.decoder import Decoder
+from fewshot_seg.encoded_photos import EncodedPhotos
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding
 from fewshot_seg.shot_rules import merge_shots, shot_weights
-from fewshot_seg.similarity import join_levels
-
-Decoder = MaskDecoder | PriorReadout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,34 +86,41 @@ def shot_logits(
     size: tuple[int, int],
     *,
     rule: ShotRule = "pooled",
+    encoded: EncodedPhotos | None = None,
 ) -> ShotLogits:
     """Logits of size (H, W), on the CPU, of several decoders that read one segmenter's priors, computed once.
 
-    With a rule other than ``pooled`` every support is encoded alone.
+    With a rule other than ``pooled`` every support is encoded alone. `encoded` keeps what the model makes of stored
+    photos from one batch to the next.
     """
     batch = batch.to(next(segmenter.backbone.parameters()).device)
     shots = batch.support_masks.shape[1]
-    maps, features = segmenter.similarity(batch.query_levels), join_levels(batch.query_levels)
+    kept = encoded if encoded is not None and encoded.serves(batch) else None
+    photos = segmenter.photo_maps(batch.query_levels) if kept is None else kept.queries(batch)
     found: dict[str, list[Tensor]] = {name: [] for name in decoders}
-    for alone in range(1 if rule == "pooled" else shots):
-        chosen = slice(None) if rule == "pooled" else slice(alone, None, shots)  # levels hold episode after episode
-        which = slice(None) if rule == "pooled" else slice(alone, alone + 1)
-        support = segmenter.encode_support_levels(
-            tuple(level[chosen] for level in batch.support_levels),
-            batch.support_masks[:, which],
-            batch.support_dense[:, which],
-        )
-        priors = segmenter.prior_maps(support, batch.query_levels, maps)
+    for number in range(1 if rule == "pooled" else shots):
+        alone = None if rule == "pooled" else number
+        support = _encode(segmenter, batch, alone) if kept is None else kept.supports(batch, alone)
+        priors = segmenter.priors_of(support, photos)
         for name, decoder in decoders.items():
-            logits = decoder(priors, features, support.prototype)[:, None]
+            logits = decoder(priors, photos.frozen, support.prototype)[:, None]
             found[name].append(F.interpolate(logits, size, mode="bilinear", align_corners=False).cpu())
-    low_query, low_support = batch.query_levels[0], batch.support_levels[0]  # the finest level
-    weights = low_query.new_ones(len(low_query), 1)
+    weights = photos.cells.new_ones(len(batch.specs), 1)
     if rule != "pooled":
+        low_query, low_support = batch.query_levels[0], batch.support_levels[0]  # the finest level
         weights = shot_weights(low_query, low_support.reshape(-1, shots, *low_support.shape[1:]), rule=rule)
     return ShotLogits(
         heads={name: torch.cat(maps, 1) for name, maps in found.items()}, weights=weights.cpu(), rule=rule
     )
+
+
+def _encode(segmenter: FewShotSegmenter, batch: FeatureBatch, alone: int | None) -> SupportEncoding:
+    """All supports of each episode together, or only number `alone` of each."""
+    shots = batch.support_masks.shape[1]
+    chosen = slice(None) if alone is None else slice(alone, None, shots)  # levels hold episode after episode
+    which = slice(None) if alone is None else slice(alone, alone + 1)
+    levels = tuple(level[chosen] for level in batch.support_levels)
+    return segmenter.encode_support_levels(levels, batch.support_masks[:, which], batch.support_dense[:, which])
 
 
 def square_targets(batch: FeatureBatch, side: int) -> Tensor:

@@ -1,19 +1,25 @@
-"""Scores over episodes: the model's masks, and the best threshold on base classes."""
+"""Scores over episodes: the model's masks, and the best threshold on base classes.
+
+Under torchrun every rank scores whole batches, and all of them end with the scores of all episodes.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from episodes.protocols import Fit, ShotRule
 from episodes.types import DataError, EpisodeSpec, MaskSource
+from fewshot_seg.decoder import Decoder
+from fewshot_seg.distributed import current_ranks, dealt, gather_dealt
+from fewshot_seg.encoded_photos import EncodedPhotos
 from fewshot_seg.episode_logits import (
-    Decoder,
     ShotLogits,
     batches_with_progress,
     shot_logits,
@@ -53,6 +59,7 @@ def evaluate(
     fit: Fit = "squash",
     shot_rule: ShotRule = "pooled",
     repeats: int = 1,
+    support_cells: int | None = None,
     batch_size: int = 10,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -68,6 +75,7 @@ def evaluate(
         shot_rule: how K supports become one mask, see `fewshot_seg.shot_rules`.
         repeats: the episodes are so many equal parts one after another, each scored on its own; the result is their
             mean.
+        support_cells: cells that the supports of an episode keep together, see `EncodedPhotos`; None keeps all.
         batch_size: episodes at a time; does not change the scores.
         show_progress: bar with time left on stderr.
 
@@ -83,6 +91,7 @@ def evaluate(
         fit=fit,
         shot_rule=shot_rule,
         repeats=repeats,
+        support_cells=support_cells,
         batch_size=batch_size,
         show_progress=show_progress,
     )["decoder"]
@@ -98,36 +107,57 @@ def evaluate_heads(
     fit: Fit = "squash",
     shot_rule: ShotRule = "pooled",
     repeats: int = 1,
+    support_cells: int | None = None,
     batch_size: int = 10,
     show_progress: bool = False,
 ) -> dict[str, Evaluation]:
     """As `evaluate`, for several (decoder, threshold) that read the same priors, in one pass over the episodes."""
     check_shot_rule(shot_rule)
     check_repeats(len(episodes), repeats)
-    metrics = {name: EpisodeIoU() for name in heads}
-    specs, began = list[EpisodeSpec](), time.perf_counter()
+    parts, began = list[tuple[dict[str, EpisodeIoU], tuple[EpisodeSpec, ...]]](), time.perf_counter()
     decoders = {name: decoder for name, (decoder, _) in heads.items()}
-    for batch in batches_with_progress(episodes, batch_size, show_progress, "evaluating"):
-        side = scoring_size or batch.query_masks.shape[-1]
-        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule)
+    encoded = EncodedPhotos(segmenter, decoders.values(), support_cells=support_cells)
+    for batch in batches_of_rank(episodes, batch_size, show_progress, "evaluating"):
+        side, metrics = scoring_size or batch.query_masks.shape[-1], {name: EpisodeIoU() for name in heads}
+        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule, encoded=encoded)
         for name, (_, threshold) in heads.items():
             if scoring_size is None:
                 _score_at_original(metrics[name], logits, name, threshold, batch, source, fit)
             else:
                 masks = logits.margins(name, threshold) > 0
                 metrics[name].update(masks, square_targets(batch, side), batch.class_ids)
-        specs.extend(batch.specs)
+        parts.append((metrics, batch.specs))
+    parts = gather_dealt(parts)
+    specs = tuple(spec for _, of_batch in parts for spec in of_batch)
     seconds, evaluations = time.perf_counter() - began, {}
-    for name, metric in metrics.items():
+    for name in heads:
+        metric = EpisodeIoU.joined([metrics[name] for metrics, _ in parts])
         results = tuple(part.compute() for part in metric.split(repeats))
         evaluations[name] = Evaluation(
             result=mean_result(results),
             repeats=results,
-            specs=tuple(specs),
+            specs=specs,
             episode_iou=metric.episode_iou(),
             seconds=seconds,
         )
     return evaluations
+
+
+def batches_of_rank(
+    episodes: FeatureEpisodes, batch_size: int, show_progress: bool, title: str, *, ways: int = 1
+) -> Iterator[FeatureBatch]:
+    """As `batches_with_progress`; of several ranks, the batches that are dealt to this one, to gather afterwards."""
+    ranks, step = current_ranks(), batch_size * ways
+    if ranks.size == 1:
+        yield from batches_with_progress(episodes, batch_size, show_progress, title, ways=ways)
+        return
+    starts = range(ranks.rank * step, len(episodes), ranks.size * step)
+    own = sum(min(step, len(episodes) - start) for start in starts)
+    title = f"{title}, rank {ranks.rank} of {ranks.size}"
+    with tqdm(total=own // ways, desc=title, unit="episode", disable=not (show_progress and ranks.first)) as bar:
+        for batch in dealt(episodes, step):
+            yield batch
+            bar.update(len(batch.specs) // ways)
 
 
 def _score_at_original(
@@ -196,16 +226,19 @@ def choose_thresholds(
     check_shot_rule(shot_rule)
     if candidates < 2:
         raise DataError(f"choosing a threshold needs at least 2 candidates, got {candidates}")
-    kept, targets, class_ids = list[ShotLogits](), list[Tensor](), list[int]()
-    for batch in batches_with_progress(episodes, batch_size, show_progress, "choosing threshold"):
+    kept = list[tuple[ShotLogits, Tensor, tuple[int, ...]]]()
+    encoded = EncodedPhotos(segmenter, decoders.values())
+    for batch in batches_of_rank(episodes, batch_size, show_progress, "choosing threshold"):
         # a quarter of the side is enough to place one threshold, and keeps all logits in memory
         side = -(-batch.query_masks.shape[-1] // 4)
-        kept.append(shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule))
-        targets.append(square_targets(batch, side))
-        class_ids.extend(batch.class_ids)
-    weights = torch.cat([one.weights for one in kept])
-    together = {name: torch.cat([one.heads[name] for one in kept]) for name in decoders}
-    whole, target = ShotLogits(heads=together, weights=weights, rule=shot_rule), torch.cat(targets)
+        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule, encoded=encoded)
+        kept.append((logits, square_targets(batch, side), batch.class_ids))
+    kept = gather_dealt(kept)
+    weights = torch.cat([one.weights for one, _, _ in kept])
+    together = {name: torch.cat([one.heads[name] for one, _, _ in kept]) for name in decoders}
+    whole = ShotLogits(heads=together, weights=weights, rule=shot_rule)
+    target = torch.cat([targets for _, targets, _ in kept])
+    class_ids = [class_id for _, _, of_batch in kept for class_id in of_batch]
     return {name: _best_threshold(whole, name, target, class_ids, candidates) for name in decoders}
 
 

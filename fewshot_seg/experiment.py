@@ -13,6 +13,7 @@ from typing import Any
 
 from episodes.folds import ClassSplit
 from episodes.types import SupportKind
+from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import choose_threshold
 from fewshot_seg.fold_data import Augment, FoldData, held_out_episodes, training_episodes
 from fewshot_seg.optimisation import TrainingResult
@@ -134,11 +135,13 @@ def _select(
 ) -> tuple[float, float]:
     """Threshold and its mIoU; kept beside the selection run, so that a resumed run does not choose again."""
     kept = None if folder is None else folder / "threshold.json"
-    if kept is not None and resume and kept.exists():
-        stored = read_json(kept, what="chosen threshold")
+    stored = None
+    if kept is not None and resume:
+        stored = on_first(lambda: read_json(kept, what="chosen threshold") if kept.exists() else None)
+    if stored is not None:
         return float(stored["threshold"]), float(stored["miou"])
     drawn = held_out_episodes(data, shots=shots, count=episodes, seed=seed, supports=supports)
     threshold, miou = choose_threshold(selection, drawn, show_progress=show_progress)
-    if kept is not None:
+    if kept is not None and current_ranks().first:
         write_json(kept, {"threshold": threshold, "miou": miou, "classes": list(data.choices.novel)})
     return threshold, miou

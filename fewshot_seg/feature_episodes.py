@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,47 @@ from episodes.loader import EpisodeDataset, checked_kinds, episode_loader, suppo
 from episodes.types import DataError, EpisodeSpec, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore
+
+
+class LazyLevels(Sequence[Tensor]):
+    """Levels of features that are read when somebody looks at them, once: an evaluation may know their maps already.
+
+    Args:
+        read: gives them.
+        number: of levels.
+    """
+
+    def __init__(self, read: Callable[[], tuple[Tensor, ...]], number: int) -> None:
+        self._read, self._number = read, number
+        self._levels: tuple[Tensor, ...] | None = None
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        if self._levels is None:
+            self._levels = self._read()
+        return self._levels[index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPhotos:
+    """Where the features and marks of a batch came from, as they are (nothing mirrored).
+
+    Attributes:
+        features, masks: the stores.
+        kinds: how the supports are marked, episode by episode.
+    """
+
+    features: FeatureStore
+    masks: MaskStore
+    kinds: tuple[SupportKind, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,15 +69,17 @@ class FeatureBatch:
         query_levels: float32 (B, C, h, w) per level.
         query_masks: uint8 (B, S, S), 255 = ignore.
         specs: the episodes.
+        stored: where all this came from, if it is kept somewhere.
     """
 
-    support_levels: tuple[Tensor, ...]
+    support_levels: Sequence[Tensor]
     support_masks: Tensor
     support_dense: Tensor
     support_truth: Tensor
-    query_levels: tuple[Tensor, ...]
+    query_levels: Sequence[Tensor]
     query_masks: Tensor
     specs: tuple[EpisodeSpec, ...]
+    stored: StoredPhotos | None = None
 
     @property
     def class_ids(self) -> tuple[int, ...]:
@@ -45,6 +88,8 @@ class FeatureBatch:
 
     def to(self, device: torch.device) -> FeatureBatch:
         """The same batch on a device."""
+        if device == self.query_masks.device:
+            return self
         return replace(
             self,
             support_levels=tuple(level.to(device) for level in self.support_levels),
@@ -109,8 +154,9 @@ class CachedEpisodes:
         class_ids = [spec.class_id for spec in specs]
         support_classes = np.repeat(class_ids, shots).tolist()
         kinds = [kind for spec in specs for kind in support_kinds(spec, self._supports)]
-        support_levels = self._store.get(support_ids)
-        query_levels = self._store.get(query_ids)
+        number, store = self._store.levels, self._store
+        support_levels: Sequence[Tensor] = LazyLevels(lambda: store.get(support_ids), number)
+        query_levels: Sequence[Tensor] = LazyLevels(lambda: store.get(query_ids), number)
         truth = self._masks.get(support_ids, support_classes)
         support_masks = self._masks.get(support_ids, support_classes, kinds) if set(kinds) != {"mask"} else truth
         query_masks = self._masks.get(query_ids, class_ids)
@@ -130,10 +176,11 @@ class CachedEpisodes:
             query_levels=query_levels,
             query_masks=query_masks,
             specs=specs,
+            stored=None if self._mirror else StoredPhotos(features=self._store, masks=self._masks, kinds=tuple(kinds)),
         )
 
 
-def _mirror_levels(levels: tuple[Tensor, ...], which: Tensor) -> tuple[Tensor, ...]:
+def _mirror_levels(levels: Sequence[Tensor], which: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.where(which[:, None, None, None], level.flip(3), level) for level in levels)
 
 

@@ -14,6 +14,7 @@ from episodes.loader import EpisodeDataset
 from episodes.protocols import EpisodeProtocol, list_pairs, training_pairs
 from episodes.types import EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.distributed import barrier, current_ranks, share_of
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import DEFAULT_BYTE_BUDGET, FeatureStore, MaskStore
 
@@ -120,7 +121,7 @@ def training_episodes(
     specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
     presets = [augment if support_augment is None else support_augment, augment]
     if set(presets) <= {"none"} or set(presets) <= {"mirror"}:
-        data.store.ensure(images_of(specs), show_progress=show_progress)
+        _compute_features(data, specs, show_progress)
         return CachedEpisodes(data.store, data.training_masks, specs, mirror=augment == "mirror", supports=supports)
     transforms = [
         EpisodeTransform("flip" if preset == "mirror" else preset, data.resolution, data.protocol.fit)
@@ -162,8 +163,17 @@ def stored_episodes(
     data: FoldData, specs: Sequence[EpisodeSpec], *, support: SupportKind = "mask", show_progress: bool = False
 ) -> FeatureEpisodes:
     """Episodes of given specs, from stored features, which are computed first where they are missing."""
-    data.store.ensure(images_of(specs), show_progress=show_progress)
+    _compute_features(data, specs, show_progress)
     return CachedEpisodes(data.store, data.masks, specs, supports=(support,))
+
+
+def _compute_features(data: FoldData, specs: Sequence[EpisodeSpec], show_progress: bool) -> None:
+    """Those that are missing; of several ranks that share a folder, each computes its part first."""
+    images, show = images_of(specs), show_progress and current_ranks().first
+    if current_ranks().size > 1 and data.store.on_disk:
+        data.store.ensure(share_of(images, block=data.store.batch_size), show_progress=show)
+        barrier()
+    data.store.ensure(images, show_progress=show)
 
 
 def images_of(specs: Sequence[EpisodeSpec]) -> list[str]:

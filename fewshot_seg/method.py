@@ -8,6 +8,7 @@ from typing import Any
 
 from episodes.protocols import PROTOCOL_NAMES, Fit
 from episodes.types import DataError
+from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import EMBEDDED, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity
 from fewshot_seg.config import EpisodeSettings, ModelSettings
@@ -23,6 +24,8 @@ SOFT_MARGIN_THRESHOLD = 0.5
 """Of the bare soft margin: best on held-out base classes of PASCAL-5i (scripts/choose_temperature.py)."""
 
 _THRESHOLD_EPISODES = 200
+_SIZE = 400
+"""At which a backbone without a model of its own is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,7 @@ def open_method(settings: ModelSettings) -> Method:
         segmenter, origin = segmenter.to(device).eval(), ""
         if channel == "gradient attention":  # rectified and scaled to [0, 1], as it is shown
             segmenter.decoder = PriorReadout(PRIOR_CHANNELS.index(channel), scaled=True)
+    accelerate(segmenter.backbone, size=resolution or _SIZE, precision=settings.precision, compiled=settings.compile)
     if settings.threshold is not None:
         segmenter.threshold, origin = settings.threshold, "given by --threshold"
     return Method(segmenter=segmenter, name=name, resolution=resolution, notes=dict(notes), threshold_origin=origin)

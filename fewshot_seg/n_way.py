@@ -10,8 +10,10 @@ from torch import Tensor
 
 from episodes.protocols import Fit, ShotRule
 from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource
-from fewshot_seg.episode_logits import ShotLogits, batches_with_progress, shot_logits, square_targets
-from fewshot_seg.evaluation import check_repeats
+from fewshot_seg.distributed import gather_dealt
+from fewshot_seg.encoded_photos import EncodedPhotos
+from fewshot_seg.episode_logits import ShotLogits, shot_logits, square_targets
+from fewshot_seg.evaluation import batches_of_rank, check_repeats
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, mean_result
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -89,6 +91,7 @@ def evaluate_n_way(
     fit: Fit = "squash",
     shot_rule: ShotRule = "pooled",
     repeats: int = 1,
+    support_cells: int | None = None,
     batch_size: int = 10,
     show_progress: bool = False,
 ) -> NWayEvaluation:
@@ -117,22 +120,26 @@ def evaluate_n_way(
     if len(episodes) % ways:
         raise DataError(f"{len(episodes)} one-way episodes are no whole number of {ways}-way episodes")
     check_repeats(len(episodes) // ways, repeats)
-    metric, specs, began = EpisodeIoU(ways), list[tuple[EpisodeSpec, ...]](), time.perf_counter()
-    for batch in batches_with_progress(episodes, batch_size, show_progress, "evaluating", ways=ways):
+    parts, began = list[tuple[EpisodeIoU, list[tuple[EpisodeSpec, ...]]]](), time.perf_counter()
+    decoders = {"decoder": segmenter.decoder}
+    encoded = EncodedPhotos(segmenter, support_cells=support_cells)
+    for batch in batches_of_rank(episodes, batch_size, show_progress, "evaluating", ways=ways):
         groups = [batch.specs[row : row + ways] for row in range(0, len(batch.specs), ways)]
         _check_groups(groups)
-        side = scoring_size or batch.query_masks.shape[-1]
-        logits = shot_logits(segmenter, {"decoder": segmenter.decoder}, batch, (side, side), rule=shot_rule)
+        side, metric = scoring_size or batch.query_masks.shape[-1], EpisodeIoU(ways)
+        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule, encoded=encoded)
         if scoring_size is None:
             _score_at_original(metric, logits, segmenter.threshold, groups, source, fit)
         else:
             _score_at_square(metric, logits, segmenter.threshold, batch, ways)
-        specs.extend(groups)
+        parts.append((metric, groups))
+    parts = gather_dealt(parts)
+    metric = EpisodeIoU.joined([one for one, _ in parts])
     results = tuple(part.compute() for part in metric.split(repeats))
     return NWayEvaluation(
         result=mean_result(results),
         repeats=results,
-        specs=tuple(specs),
+        specs=tuple(group for _, groups in parts for group in groups),
         way_iou=metric.way_iou(),
         seconds=time.perf_counter() - began,
     )

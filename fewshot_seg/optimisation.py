@@ -1,7 +1,7 @@
 """One run of an optimiser that can be killed and resumed: steps, schedule, checkpoints, logs.
 
 Everything random is a function of (seed, step), so a run that was killed and resumed ends with the same weights
-as one that was not.
+as one that was not. Under torchrun every rank takes its part of each batch; the first alone reads and writes files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ from tqdm import tqdm
 
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, write_tensors
+from fewshot_seg.distributed import (
+    LostRankError,
+    TerminatedError,
+    current_ranks,
+    gather_dealt,
+    mean_over_ranks,
+    on_first,
+    raise_if_lost,
+    said_once,
+)
 from fewshot_seg.runtime import atomic_path
 
 Schedule = Literal["one-cycle", "cosine"]
@@ -127,8 +137,9 @@ def optimise(
 
     Args:
         trainee: what is trained.
-        batches: batches(n) gives the batches of steps n, n + 1, ...
-        losses: named scalars of a batch; ``loss`` is the one that is minimised, the others are logged.
+        batches: batches(n) gives the batches of steps n, n + 1, ...; of several ranks, this rank's part of them.
+        losses: named scalars of a batch; ``loss`` is the one that is minimised, the others are logged. Of several
+            ranks, its gradient must be the mean over the ranks (DistributedDataParallel's is).
         plan: schedule and length.
         describe: names a batch in the message of a loss that is not finite.
         folder: for training.jsonl, tensorboard/ and checkpoint.safetensors; None writes nothing.
@@ -140,6 +151,8 @@ def optimise(
     Raises:
         DataError: an argument outside its range, nothing to train, a checkpoint of another run, or a loss that is
             not finite.
+        LostRankError, TerminatedError: of several ranks, another is gone, or SIGTERM came; a checkpoint of the last
+            step is written first, unless the weights were just being changed.
     """
     if checkpoint_every < 1 or log_every < 1:
         raise DataError(f"checkpoint_every and log_every must be at least 1, got {checkpoint_every} and {log_every}")
@@ -147,7 +160,13 @@ def optimise(
     began, taken = time.perf_counter(), list[float]()
     trainee.set_training(True)
     following = batches(run.step)
-    bar = tqdm(initial=run.step, total=plan.steps, desc="training", unit="step", disable=not show_progress)
+    bar = tqdm(
+        initial=run.step,
+        total=plan.steps,
+        desc="training",
+        unit="step",
+        disable=not (show_progress and current_ranks().first),
+    )
     try:
         with bar:
             while run.step < plan.steps:
@@ -160,6 +179,8 @@ def optimise(
         if not run.updating:  # else the weights are between two steps; the last checkpoint is whole
             run.save()
         raise
+    except (LostRankError, TerminatedError) as error:
+        raise type(error)(f"{error}; {run.save_last()}") from error
     finally:
         run.close()
         trainee.set_training(False)
@@ -170,19 +191,20 @@ class _Run:
     """State of one training: optimiser, step, files."""
 
     def __init__(self, trainee: Trainee, plan: Plan, folder: Path | None, *, resume: bool, log_every: int) -> None:
-        self.trainee, self.plan, self.folder, self.log_every = trainee, plan, folder, log_every
+        self.trainee, self.plan, self.log_every = trainee, plan, log_every
+        self.folder = folder if current_ranks().first else None  # where this process writes
         self.parameters = list(trainee.parameters())
         if not self.parameters:
             raise DataError("nothing to train: no part of this model has parameters")
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=plan.weight_decay)
         self.step, self.updating = 0, False
-        if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
+        if folder is not None and resume:
             self._load(folder / CHECKPOINT_NAME)
         self.writer = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._cut_log(folder / "training.jsonl")
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step + 1)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log(self.folder / "training.jsonl")
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def take_step(
         self, batch: Batch, losses: Callable[[Batch], Mapping[str, Tensor]], describe: Callable[[Batch], str]
@@ -194,11 +216,19 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed * 1_000_003 + self.step)  # dropout: a function of (seed, step)
             named = losses(batch)
-        loss = named["loss"]
-        if not torch.isfinite(loss):
-            raise DataError(f"loss is {loss.item()} at step {self.step}; lower --learning-rate; {describe(batch)}")
+        loss, named = named["loss"], mean_over_ranks(named)
+        if not torch.isfinite(named["loss"]):
+            culprits = gather_dealt(["" if torch.isfinite(loss) else describe(batch)])
+            raise said_once(
+                f"loss is {named['loss'].item()} at step {self.step}; lower --learning-rate; "
+                f"{'; '.join(filter(None, culprits))}"
+            )
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # of several ranks, gradients travel here
+            raise_if_lost(error)
+            raise
         torch.nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_NORM)
         self.updating = True
         self.optimiser.step()
@@ -206,7 +236,7 @@ class _Run:
         if self.step % self.log_every == 0:
             self._log(**{name: value.item() for name, value in named.items()}, rate=rate)
         self.updating = False
-        return float(loss.detach())
+        return float(named["loss"].detach())
 
     def save(self) -> None:
         if self.folder is None:
@@ -219,15 +249,25 @@ class _Run:
         description = {"format": 1, "step": self.step, "plan": self.plan.as_json()}
         write_tensors(self.folder / CHECKPOINT_NAME, self.trainee.tensors() | state, description)
 
+    def save_last(self) -> str:
+        """Save, unless the weights are between two steps, and say what there is to go on from."""
+        if self.updating or self.folder is None:
+            return "go on with --resume from the last checkpoint"
+        self.save()
+        return f"{self.folder / CHECKPOINT_NAME} holds step {self.step}: go on with --resume"
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
     def _load(self, path: Path) -> None:
-        tensors, description = read_tensors(path)
+        found = on_first(lambda: read_tensors(path) if path.exists() else None)
+        if found is None:
+            return
+        tensors, description = found
         now = json.loads(json.dumps(self.plan.as_json()))  # as it comes back from the file
         if description.get("plan") != now:
-            raise DataError(
+            raise said_once(
                 f"{path} belongs to a run with other settings ({description.get('plan')}, now {now}); "
                 "choose another --out, or leave out --resume to start again"
             )

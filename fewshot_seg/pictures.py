@@ -52,13 +52,17 @@ def overlay_mask(image: UInt8Array, mask: UInt8Array, colour: Colour = OBJECT, *
         colour: of the object.
         alpha: strength of the tint in [0, 1].
     """
-    result = image.astype(np.float32)
+    painted = np.ascontiguousarray(image).copy()
+    levels = np.arange(256, dtype=np.float32)[:, None]
     for value, tint in ((1, colour), (IGNORE, _IGNORED)):
-        result[mask == value] = (1 - alpha) * result[mask == value] + alpha * np.array(tint, np.float32)
-    painted = np.round(result).astype(np.uint8)
+        # A table of all 256 levels and OpenCV's masked copy: a photo is tinted for less than it costs to encode.
+        table = np.round((1 - alpha) * levels + alpha * np.array(tint, np.float32)).astype(np.uint8)
+        chosen = np.asarray(mask == value, np.uint8)
+        if chosen.any():
+            cv2.copyTo(cv2.LUT(painted, table[None]), chosen, painted)
     thickness = max(1, round(max(mask.shape) / 200))
     kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)
-    inside = (mask == 1).astype(np.uint8)
+    inside = np.asarray(mask == 1, np.uint8)
     painted[cv2.dilate(inside, kernel) > inside] = colour
     return painted
 

@@ -24,9 +24,11 @@ from episodes.sources import (
     VocSource,
 )
 from episodes.types import DataError, MaskSource
+from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_segmenter
 from fewshot_seg.config import CacheSettings, Config, DataSettings, EvaluateConfig, SimilarityTrainConfig, TrainConfig
+from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import TrainedFold, train_fold
 from fewshot_seg.fold_data import FoldData, open_fold
@@ -41,7 +43,9 @@ MODEL_NAME = "model.safetensors"
 RUN_NAME = "run.json"
 
 _BENCHMARKS = {"pascal": ("PASCAL-5i", (1449,)), "coco": ("COCO-20i", (40504, 5000))}
-_MAY_DIFFER = frozenset({"resume", "out", "cache", "cache_gigabytes", "device", "workers", "checkpoint_every"})
+_MAY_DIFFER = frozenset(
+    {"resume", "out", "cache", "cache_gigabytes", "device", "workers", "checkpoint_every", "compile"}
+)
 """Settings that may change between a run and its resumption: they do not change the weights."""
 
 
@@ -221,8 +225,9 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
     Raises:
         DataError: bad data; a folder with an earlier run (without `resume`) or with other settings (with it).
     """
-    check_folder(config, (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}"))
+    on_first(lambda: check_folder(config, (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}")))
     backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights).to(device)
+    accelerate(backbone, size=config.resolution or 400, precision=config.precision, compiled=config.compile)
     data = open_data(
         config,
         config,
@@ -236,7 +241,8 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
     held_out = list(data.choices.novel) if config.select_threshold else []  # before anything is written: both may raise
     record = run_record("train", config, data)
     record["data"]["held_out_classes"] = held_out
-    write_json(config.out / RUN_NAME, record | {"results": None})
+    if current_ranks().first:
+        write_json(config.out / RUN_NAME, record | {"results": None})
     trained = train_configured(data, config, folder=config.out, show_progress=show_progress)
     results = {
         "threshold": trained.segmenter.threshold,
@@ -244,6 +250,8 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         "steps": trained.result.steps,
         "seconds": trained.result.seconds,
     }
+    if not current_ranks().first:
+        return trained
     save_segmenter(
         config.out / MODEL_NAME,
         trained.segmenter,
@@ -293,6 +301,7 @@ def run_record(verb: str, config: Config, data: FoldData) -> dict[str, Any]:
             "base_classes": list(data.split.base),
             "novel_classes": list(data.split.novel),
             "fingerprint": data.fingerprint,
+            "precision": str(data.backbone.precision).removeprefix("torch."),
             "lists": {
                 "training": fingerprint_pairs(data.training_pairs),
                 "evaluation": fingerprint_pairs(data.evaluation_pairs),

@@ -38,6 +38,48 @@ _LEAST_SHARE = 1e-3  # a completed cell is never beyond doubt when the query is 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhotoMaps:
+    """What the model makes of N photos before it knows what is looked for.
+
+    Attributes:
+        cells: unit-length float (N, D, h, w), embedded by the similarity network.
+        frozen: unit-length float (N, D, h, w), the joined frozen features.
+        objectness: float (N, h, w), logits of the completion for a photo of which nothing is known; None without one.
+    """
+
+    cells: Tensor
+    frozen: Tensor
+    objectness: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all maps; maps that are the same tensor count once."""
+        maps = {one.data_ptr(): one.nbytes for one in (self.cells, self.frozen, self.objectness) if one is not None}
+        return sum(maps.values())
+
+    def by_cells(self) -> PhotoMaps:
+        """The same, stored cell by cell, as cells are compared: float (N, h, w, D) seen as (N, D, h, w)."""
+        cells = _by_cells(self.cells)
+        frozen = cells if self.frozen is self.cells else _by_cells(self.frozen)
+        return replace(self, cells=cells, frozen=frozen)
+
+    @staticmethod
+    def stack(photos: Sequence[PhotoMaps]) -> PhotoMaps:
+        """Photos `by_cells`, one after another."""
+
+        def joined(maps: Sequence[Tensor]) -> Tensor:
+            return torch.cat([one.permute(0, 2, 3, 1) for one in maps]).permute(0, 3, 1, 2)
+
+        cells, known = joined([photo.cells for photo in photos]), [photo.objectness for photo in photos]
+        same = all(photo.frozen is photo.cells for photo in photos)
+        return PhotoMaps(
+            cells=cells,
+            frozen=cells if same else joined([photo.frozen for photo in photos]),
+            objectness=None if None in known else torch.cat([one for one in known if one is not None]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SupportEncoding:
     """What the model keeps of B episodes' supports; made once, used for any number of queries.
 
@@ -192,12 +234,21 @@ class FewShotSegmenter(nn.Module):
         self, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
     ) -> SupportEncoding:
         """As `encode_support`, from frozen features float (B*K, C, h, w) per level."""
-        return self.encode_support_maps(self.similarity(levels), levels, masks, dense)
+        joined = join_levels(levels)
+        photos = PhotoMaps(cells=self.similarity.turn(joined), frozen=joined, objectness=None)
+        return self.encode_support_photos(photos, masks, dense)
 
     def encode_support_maps(
         self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
     ) -> SupportEncoding:
         """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
+        return self.encode_support_photos(
+            PhotoMaps(cells=maps, frozen=join_levels(levels), objectness=None), masks, dense
+        )
+
+    def encode_support_photos(self, photos: PhotoMaps, masks: Tensor, dense: Tensor | None = None) -> SupportEncoding:
+        """As `encode_support`, from the B*K photos' maps."""
+        maps, joined = photos.cells, photos.frozen
         batch, shots = masks.shape[:2]
         weak = _weak(masks, dense)
         possible = (masks == 1) | ((masks == IGNORE) & weak[:, :, None, None])
@@ -205,12 +256,12 @@ class FewShotSegmenter(nn.Module):
             raise DataError("a support mask has no foreground: expected at least one pixel of the object (value 1)")
         size = (maps.shape[2], maps.shape[3])
         foreground, background = cell_weights(masks.flatten(0, 1), size)
-        joined = join_levels(levels)
         still_open = open_part(masks.flatten(0, 1), size) * weak.flatten()[:, None, None]
         share = self._completed_share(weak.flatten(), maps, joined, (foreground, background, still_open))
         foreground, background = foreground + still_open * share, background + still_open * (1 - share)
-        cells = maps.flatten(2).transpose(1, 2).reshape(batch, -1, maps.shape[1])
-        frozen_cells = joined.flatten(2).transpose(1, 2).reshape(batch, -1, joined.shape[1])
+        count = shots * size[0] * size[1]
+        cells = maps.flatten(2).transpose(1, 2).reshape(batch, count, maps.shape[1])
+        frozen_cells = joined.flatten(2).transpose(1, 2).reshape(batch, count, joined.shape[1])
         foreground, background = foreground.reshape(batch, -1), background.reshape(batch, -1)
         return SupportEncoding(
             cells=cells,
@@ -260,29 +311,45 @@ class FewShotSegmenter(nn.Module):
     def segment_levels(self, support: SupportEncoding, levels: Sequence[Tensor], size: tuple[int, int]) -> Prediction:
         """As `segment`, from frozen features; `size` is (H, W) of the logits."""
         support = support.expand(len(levels[0]))
-        maps = self.similarity(levels)
-        priors = self.prior_maps(support, levels, maps)
-        logits = self.decoder(priors, join_levels(levels), support.prototype)
+        photos = self.photo_maps(levels)
+        maps, priors = photos.cells, self.priors_of(support, photos)
+        logits = self.decoder(priors, photos.frozen, support.prototype)
         logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         with torch.no_grad():
             attention = scale_map(self.attention_maps(support, maps), size)
         return Prediction(logits=logits, priors=priors, attention=attention, threshold=self.threshold)
 
+    def photo_maps(self, levels: Sequence[Tensor]) -> PhotoMaps:
+        """Maps of N photos from frozen features float (N, C, h, w) per level."""
+        joined = join_levels(levels)
+        return self._photo_maps(self.similarity.turn(joined), joined)
+
+    def _photo_maps(self, cells: Tensor, joined: Tensor) -> PhotoMaps:
+        needed = self.completion is not None and self.prior == "similarity"
+        return PhotoMaps(cells=cells, frozen=joined, objectness=self._objectness(cells, joined) if needed else None)
+
     def prior_maps(self, support: SupportEncoding, levels: Sequence[Tensor], maps: Tensor) -> Tensor:
-        """float (B, P, h, w): what the decoder reads. maps: the similarity network's output for `levels`."""
+        """`priors_of` the queries, with the similarity network's output for their levels at hand."""
+        return self.priors_of(support, self._photo_maps(maps, join_levels(levels)))
+
+    def priors_of(self, support: SupportEncoding, photos: PhotoMaps) -> Tensor:
+        """float (B, P, h, w): what the decoder reads of B queries."""
+        maps = photos.cells
         if self.prior == "none":
             return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
         if self.prior == "pfenet":
-            return pfenet_prior(join_levels(levels), support.frozen, support.frozen_foreground)[:, None]
-        cosine = cell_cosines(maps, support.cells)
-        priors = self._similarity_priors(support, maps, cosine)
+            return pfenet_prior(photos.frozen, support.frozen, support.frozen_foreground)[:, None]
+        cosine = None
         if not self.training and bool((support.open > 0).any()):
+            cosine = cell_cosines(maps, support.cells)
+        priors = self._similarity_priors(support, maps, cosine)
+        if cosine is not None:
             priors = self._similarity_priors(self._second_look(support, cosine, priors[:, 0]), maps, cosine)
-        if self.completion is None:
+        if photos.objectness is None:
             return priors
-        return torch.cat([priors, self._objectness(levels, maps)[:, None]], dim=1)
+        return torch.cat([priors, photos.objectness[:, None]], dim=1)
 
-    def _similarity_priors(self, support: SupportEncoding, maps: Tensor, cosine: Tensor) -> Tensor:
+    def _similarity_priors(self, support: SupportEncoding, maps: Tensor, cosine: Tensor | None) -> Tensor:
         return similarity_priors(
             maps,
             support.cells,
@@ -316,14 +383,14 @@ class FewShotSegmenter(nn.Module):
             background_embedding=_pool(support.cells, background),
         )
 
-    def _objectness(self, levels: Sequence[Tensor], maps: Tensor) -> Tensor:
+    def _objectness(self, maps: Tensor, joined: Tensor) -> Tensor:
         """Logits float (B, h, w) of the query's object as the completion sees it: as a photo of which nothing is known.
 
         With image-level supports it carries much of the answer: a photo's main object is likely what is asked for.
         """
         assert self.completion is not None
         nothing = torch.zeros_like(maps[:, 0])
-        logits: Tensor = self.completion(maps.detach(), join_levels(levels), nothing, nothing, torch.ones_like(nothing))
+        logits: Tensor = self.completion(maps.detach(), joined, nothing, nothing, torch.ones_like(nothing))
         return logits
 
     def attention_maps(
@@ -379,6 +446,10 @@ def _weak(masks: Tensor, dense: Tensor | None) -> Tensor:
             f"{tuple(dense.shape)}"
         )
     return ~dense
+
+
+def _by_cells(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _pool(cells: Tensor, weights: Tensor) -> Tensor:

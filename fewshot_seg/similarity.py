@@ -93,7 +93,10 @@ class SimilarityNetwork(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """float (N, C_l, h_l, w_l) per level -> unit-length cell embeddings float (N, sum C_l, h_0, w_0)."""
-        joined = join_levels(levels)
+        return self.turn(join_levels(levels))
+
+    def turn(self, joined: Tensor) -> Tensor:
+        """As `forward`, from `join_levels` of the levels, which stays itself where nothing is trained."""
         if not self.rank:
             return joined
         turned: Tensor = joined + self.up(self.down(joined))

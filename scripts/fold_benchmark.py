@@ -26,8 +26,7 @@ from episodes.types import FoldedDataset, MaskSource
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.config import default_cache
-from fewshot_seg.decoder import PriorReadout
-from fewshot_seg.episode_logits import Decoder
+from fewshot_seg.decoder import Decoder, PriorReadout
 from fewshot_seg.evaluation import Evaluation, choose_thresholds, evaluate_heads
 from fewshot_seg.experiment import train_fold
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold

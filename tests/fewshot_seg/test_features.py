@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from fewshot_seg.features import FeatureStore, MaskStore
 SIZE = 48
 SHAPES = [(4, 12, 12), (6, 6, 6)]
 TENSOR_BYTES = 2 * (4 * 12 * 12 + 6 * 6 * 6)
+DAMAGES = ["empty", "truncated", "overwritten", "bit", "no checksum", "shape", "level", "dtype"]
+FILE_BYTES = TENSOR_BYTES + 250  # with its header, at most
 
 
 class TinyEncoder(nn.Module):
@@ -260,7 +263,54 @@ class TestFiles:
         assert_same([level[1] for level in after], [level[1] for level in before])
         assert_same(after, expected_features(CountingBackbone(), source, [image_id, other_id]))
 
-    @pytest.mark.parametrize("damage", ["empty", "truncated", "overwritten", "shape", "level", "dtype"])
+    def test_a_photo_that_was_only_touched_keeps_its_features(
+        self, backbone: CountingBackbone, directory: Path, tiny_voc: Path
+    ) -> None:
+        source = VocSource(tiny_voc)
+        image_id = source.ids("val")[0]
+        before = FeatureStore(backbone, source, size=SIZE, directory=directory).get([image_id])
+        os.utime(source.image_file(image_id), ns=(1, 1))
+        assert_same(FeatureStore(backbone, source, size=SIZE, directory=directory).get([image_id]), before)
+        assert backbone.images == 1
+
+    def test_a_photo_that_is_missing_is_named(
+        self, backbone: CountingBackbone, directory: Path, tiny_voc: Path
+    ) -> None:
+        source = VocSource(tiny_voc)
+        source.image_file(source.ids("val")[0]).unlink()
+        with pytest.raises(DataError, match=source.ids("val")[0]):
+            FeatureStore(backbone, source, size=SIZE, directory=directory).get([source.ids("val")[0]])
+
+    def test_stores_that_write_at_once_leave_whole_files_within_the_budget(self, directory: Path) -> None:
+        budget, expected = 4 * FILE_BYTES, expected_features(CountingBackbone(), SOURCE, IDS)
+
+        def work(number: int) -> None:
+            store = FeatureStore(CountingBackbone(), SOURCE, size=SIZE, directory=directory, byte_budget=budget)
+            order = IDS[number:] + IDS[:number]
+            for _ in range(3):
+                for image_id in order:
+                    row = IDS.index(image_id)
+                    # one photo at a time: the last bit of a float16 may differ from the batch's
+                    torch.testing.assert_close(
+                        list(store.get([image_id])), [level[row : row + 1] for level in expected], rtol=2e-3, atol=1e-3
+                    )
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert len(stored_files(directory)) <= 4 + 4  # each may have written one since it counted last
+        last = CountingBackbone()
+        FeatureStore(last, SOURCE, size=SIZE, directory=directory).ensure(IDS)
+        found = FeatureStore(last, SOURCE, size=SIZE, directory=directory).get(IDS)
+        torch.testing.assert_close(list(found), expected, rtol=2e-3, atol=1e-3)
+
+    def test_what_others_write_counts_in_the_budget(self, backbone: CountingBackbone, directory: Path) -> None:
+        budget = 3 * FILE_BYTES
+        first = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget)
+        FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, byte_budget=budget).ensure(IDS[:3])
+        first.ensure(IDS[3:5])
+        assert len(stored_files(directory)) == 3
+
+    @pytest.mark.parametrize("damage", DAMAGES)
     def test_a_damaged_file_is_computed_anew(self, backbone: CountingBackbone, directory: Path, damage: str) -> None:
         fresh = FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).get(IDS[:2])
         victim = stored_files(directory)[0]
@@ -272,6 +322,10 @@ class TestFiles:
             victim.write_bytes(whole[: len(whole) // 2])
         elif damage == "overwritten":
             victim.write_bytes(b"\xff" * len(whole))
+        elif damage == "bit":
+            victim.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
+        elif damage == "no checksum":
+            save_file(tensors, victim)
         elif damage == "shape":
             save_file({name: tensor[:, 1:].contiguous() for name, tensor in tensors.items()}, victim)
         elif damage == "level":
@@ -326,10 +380,10 @@ class TestFiles:
     ) -> None:
         written = 0
 
-        def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
+        def interrupted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
             nonlocal written
             written += 1
-            save_file(tensors, path)
+            save_file(tensors, path, metadata)
             if written == 4:
                 os.truncate(path, 50)
                 raise KeyboardInterrupt

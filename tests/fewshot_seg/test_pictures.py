@@ -44,6 +44,24 @@ class TestOverlayMask:
         assert painted[5, 5].tolist() == [100, 100, 100]
         assert painted[55, 55].tolist() == [114, 114, 114]
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.45, 1.0])
+    def test_every_pixel_equals_the_formula(self, alpha: float) -> None:
+        random = np.random.default_rng(0)
+        image = random.integers(0, 256, (70, 90, 3)).astype(np.uint8)
+        mask = random.choice(np.array([0, 1, 255], np.uint8), (70, 90))
+        blurred = np.zeros((72, 92), bool)
+        for row in range(3):
+            for column in range(3):
+                blurred[row : row + 70, column : column + 90] |= mask == 1
+        outline = blurred[1:-1, 1:-1] & (mask != 1)
+        expected = image.astype(np.float64)
+        for value, tint in ((1, OBJECT), (255, (128, 128, 128))):
+            expected[mask == value] = (1 - alpha) * expected[mask == value] + alpha * np.array(tint)
+        expected[outline] = OBJECT
+        painted = overlay_mask(image, mask, alpha=alpha)
+        assert np.abs(painted - expected).max() <= 0.5 + 1e-4
+        assert painted.dtype == np.uint8
+
     def test_leaves_the_photo_alone(self) -> None:
         before = self.image.copy()
         assert np.array_equal(overlay_mask(self.image, np.zeros((60, 60), np.uint8)), self.image)

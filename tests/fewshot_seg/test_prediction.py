@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,12 @@ from torch import Tensor
 from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import IGNORE, OUTSIDE, DataError, UInt8Array
+from fewshot_seg import prediction
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.completion import SupportCompletion
+from fewshot_seg.photos import read_photo
+from fewshot_seg.pictures import write_mask
+from fewshot_seg.pipeline import most_in_flight
 from fewshot_seg.prediction import Predictor, predict_folder
 from fewshot_seg.segmenter import training_free
 
@@ -183,3 +190,113 @@ class TestPredictFolder:
         assert first.share == pytest.approx(float(expected.mask.mean()))
         assert first.confidence == pytest.approx(float(expected.confidence[expected.mask == 1].mean()))
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["masks", "overlays"]
+
+    @pytest.mark.parametrize("fit", ["squash", "pad"])
+    @pytest.mark.parametrize("batch_size", [None, 3])
+    def test_many_photos_in_order_as_one_at_a_time(
+        self, tiny_backbone: Backbone, tmp_path: Path, fit: Fit, batch_size: int | None
+    ) -> None:
+        predictor = Predictor(training_free(tiny_backbone, threshold=0.3), SIZE, fit)
+        predictor.remember(*zip(photo(0), photo(1), strict=True))
+        queries = []
+        for number in range(20, 9, -1):
+            queries.append(tmp_path / f"{number}.png")
+            if number != 15:
+                Image.fromarray(photo(number, 40 + number, 90 - number)[0]).save(queries[-1])
+        result = predict_folder(predictor, queries, tmp_path / "out", batch_size=batch_size)
+        assert [one.query for one in result.written] == [query for query in queries if query.stem != "15"]
+        assert len(result.failures) == 1
+        assert "15.png: no such file" in result.failures[0]
+        for one in result.written:
+            expected = predictor.predict(read_photo(one.query))
+            with Image.open(one.mask) as stored:
+                differ = np.asarray(stored) != expected.mask
+            assert np.abs(expected.confidence[differ] - 0.5).max(initial=0) < 1e-5  # only what is on the threshold
+            assert one.confidence == pytest.approx(float(expected.confidence[expected.mask == 1].mean()), rel=1e-4)
+
+    def test_never_more_photos_in_memory_than_stated(
+        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lock, alive, most = threading.Lock(), 0, 0
+
+        def dropped() -> None:
+            nonlocal alive
+            with lock:
+                alive -= 1
+
+        def read(path: Path) -> UInt8Array:
+            nonlocal alive, most
+            pixels = photo(int(path.stem))[0]
+            weakref.finalize(pixels, dropped)
+            with lock:
+                alive += 1
+                most = max(most, alive)
+            return pixels
+
+        monkeypatch.setattr(prediction, "read_photo", read)
+        queries = [tmp_path / f"{number}.jpg" for number in range(60)]
+        lanes = prediction.lane_count(predictor.device)
+        assert len(predict_folder(predictor, queries, tmp_path / "out").written) == 60
+        assert 1 <= most <= most_in_flight(1, lanes) < 60
+
+    def test_a_full_disk_is_one_clear_line(
+        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        Image.fromarray(photo(1)[0]).save(tmp_path / "a.png")
+        monkeypatch.setattr(prediction, "write_picture", full)
+        with pytest.raises(DataError, match=r"cannot write the prediction of .*a\.png to .*out: No space.*make room"):
+            predict_folder(predictor, [tmp_path / "a.png"], tmp_path / "out")
+
+    def test_interrupted_leaves_whole_files_only(
+        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(12):
+            Image.fromarray(photo(number)[0]).save(tmp_path / f"{number:02d}.png")
+        wrote: list[Path] = []
+
+        def interrupted(path: Path, mask: UInt8Array) -> None:
+            wrote.append(path)
+            if len(wrote) == 4:
+                raise KeyboardInterrupt
+            write_mask(path, mask)
+
+        monkeypatch.setattr(prediction, "write_mask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(predictor, sorted(tmp_path.glob("*.png")), tmp_path / "out")
+        left = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+        assert not [path for path in left if path.name.startswith(".")]
+        for path in left:
+            with Image.open(path) as picture:
+                picture.load()
+
+    def test_no_queries_and_nothing_remembered(
+        self, predictor: Predictor, tiny_backbone: Backbone, tmp_path: Path
+    ) -> None:
+        assert predict_folder(predictor, [], tmp_path / "out").written == ()
+        with pytest.raises(DataError, match="no support to go by"):
+            predict_folder(Predictor(training_free(tiny_backbone), SIZE), [], tmp_path / "out")
+
+
+class TestSavedSupports:
+    def test_results_equal_those_from_the_photos(
+        self, predictor: Predictor, tiny_backbone: Backbone, tmp_path: Path
+    ) -> None:
+        path, query = tmp_path / "set.safetensors", photo(9)[0]
+        predictor.save_support(path, ["a.jpg", "b.jpg"])
+        fresh = Predictor(training_free(tiny_backbone, threshold=0.3), SIZE)
+        assert fresh.load_support(path) == ("a.jpg", "b.jpg")
+        expected, result = predictor.predict(query), fresh.predict(query)
+        assert np.array_equal(result.confidence, expected.confidence)
+        assert np.array_equal(result.attention, expected.attention)
+
+    def test_of_another_size_is_refused(self, predictor: Predictor, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        predictor.save_support(tmp_path / "set.safetensors")
+        with pytest.raises(DataError, match="use --size 64"):
+            Predictor(training_free(tiny_backbone), 96).load_support(tmp_path / "set.safetensors")
+
+    def test_nothing_to_save(self, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no support to go by"):
+            Predictor(training_free(tiny_backbone), SIZE).save_support(tmp_path / "set.safetensors")

@@ -59,13 +59,21 @@ def soft_margin(
 
 
 def log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, *, temperature: float) -> Tensor:
-    """`soft_margin` of cells whose cosines, float (B, M, N), are at hand."""
+    """`soft_margin` of cells whose cosines, float (B, M, N), are at hand; of one episode also without B."""
     kernel = cosine.sub(1).div_(temperature).exp_()  # in place on the difference: the largest tensor here
     least = max(math.exp(-2 / temperature), 1e-30)  # the kernel at cosine -1
-    weights = torch.stack([foreground, background], dim=2)
-    shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
-    densities = torch.bmm(kernel, shares).clamp_min(least).log()
-    return densities[:, :, 0] - densities[:, :, 1]
+    density_of_object, density_of_other = (
+        _weighted_sum(kernel, side / side.sum(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_min(least).log()
+        for side in (foreground, background)
+    )
+    return density_of_object - density_of_other
+
+
+def _weighted_sum(kernel: Tensor, shares: Tensor) -> Tensor:
+    """float (..., M, N), (..., N) -> (..., M)."""
+    if kernel.dim() == 2:
+        return kernel @ shares  # several times faster than a product of matrices of which one is a single column
+    return torch.bmm(kernel, shares[:, :, None])[:, :, 0]
 
 
 def soft_margin_attention(
@@ -168,13 +176,13 @@ def _compare_cells(
     found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for episode in range(batch):
         order, of_object, of_other = _by_side(foreground[episode], background[episode])
-        sides = foreground[episode, order][None], background[episode, order][None]
+        sides = foreground[episode, order], background[episode, order]
         compared = support_cells[episode, order] if cosine is None else cosine[episode][:, order]
         for first in range(0, cells, rows):
             block = compared[first : first + rows]
             if cosine is None:
                 block = query_cells[episode, first : first + rows] @ compared.T
-            found[0].append(log_density_ratio(block[None], *sides, temperature=temperature)[0])
+            found[0].append(log_density_ratio(block, *sides, temperature=temperature))
             found[1].append(_largest(block[:, of_object]))
             found[2].append(_largest(block[:, of_other]))
     margin, nearest_foreground, nearest_background = (torch.cat(maps).reshape(batch, cells) for maps in found)

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from render_results import merge_records, provenance, render
 from torch import Tensor, nn
 
 from episodes.augment import EpisodeTransform
@@ -42,10 +43,16 @@ from fewshot_seg.feature_episodes import FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, open_fold
 from fewshot_seg.metrics import EpisodeIoU
-from fewshot_seg.runtime import pick_device, write_json
+from fewshot_seg.runs import benchmark_name
+from fewshot_seg.runtime import pick_device
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 
 SECTIONS = ("limit", "loop", "shots", "growth", "images", "processes", "memory")
+_SPEED = "speed of 1-shot evaluation, times the un-cached loop's"
+_SHOTS = "cost of an episode, times that of 1-shot with all cells"
+_GROWTH = "cost, times linear growth from the smallest"
+_PROCESSES = "episodes per second, times one process"
+_RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.json"
 _BATCH = 10
 _ROUNDS = 5
 
@@ -61,7 +68,7 @@ def main() -> None:
     parser.add_argument("--support-cells", type=int, default=640, help="of the condensed rows")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, separated by commas")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--record", action="store_true", help="put the ratios into docs/results.json and its page")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
@@ -70,13 +77,40 @@ def main() -> None:
     unknown = set(arguments.sections.split(",")) - set(SECTIONS)
     if unknown:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
-    figures: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(pick_device(arguments.device))}
+    figures: dict[str, Any] = {}
     bench = Bench(arguments)
     for section in arguments.sections.split(","):
         print(f"\n{section}")
         figures[section] = getattr(bench, section)()
-    if arguments.out is not None:
-        write_json(arguments.out, figures)
+    if arguments.record:
+        record(figures, benchmark_name(bench.data))
+
+
+def record(figures: dict[str, Any], benchmark: str, results: Path = _RESULTS) -> None:
+    """Ratios into the results, each with what it is a ratio of."""
+    rows: list[tuple[str, str, float]] = []
+    for name, value in figures.get("loop", {}).items():
+        if name != "un-cached":
+            rows.append((_SPEED, name, figures["loop"]["un-cached"] / value))
+    rows += [(_SHOTS, name, value / figures["shots"]["1-shot"]) for name, value in figures.get("shots", {}).items()]
+    growth = figures.get("growth", {})
+    for size, value in growth.items():
+        least = min(growth)
+        rows.append((_GROWTH, f"{size} episodes", value / growth[least] / (size / least)))
+    images = figures.get("images", {})
+    for size, values in images.items():
+        least = min(images)
+        for what, value, first in zip(("written", "found again", "read"), values, images[least], strict=True):
+            rows.append((_GROWTH, f"{size} images, {what}", value / first / (size / least)))
+    rates = figures.get("processes", {})
+    rows += [(_PROCESSES, f"{size} processes of one thread", rate / rates[1]) for size, rate in rates.items()]
+    if "memory" in figures:
+        rows.append(("peak memory in MB", "evaluation of 1000 episodes, 1-shot", figures["memory"]["megabytes"]))
+    machine = f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    shared = {"task": "speed", "data": f"Speed: {benchmark}, fold 0, {machine}", "protocol": "hsnet", "fold": 0}
+    shared |= {"shots": 1, "support": "mask", "seeds": [0], "episodes": 1000, **provenance()}
+    merge_records(results, [shared | {"metric": m, "method": name, "value": value} for m, name, value in rows])
+    render(results, results.with_suffix(".md"))
 
 
 class Bench:
@@ -151,10 +185,8 @@ class Bench:
         """K shots against one, all cells and condensed; and what condensing does to the logits' score."""
         count, work = self.arguments.episodes // 2, dict[str, Callable[[], Any]]()
         scores: dict[str, float] = {}
-        for cells in (None, self.arguments.support_cells):
+        for cells in (None, self.arguments.support_cells, self.arguments.support_cells // 4):
             for shots in (1, 5, 10):
-                if cells is not None and shots == 1:
-                    continue
                 name = f"{shots}-shot" + ("" if cells is None else f", {cells} support cells")
                 episodes, encoded = self.episodes(shots, count), EncodedPhotos(self.segmenter, support_cells=cells)
                 work[name] = lambda episodes=episodes, encoded=encoded: self.score(episodes, _BATCH, encoded)
@@ -196,9 +228,9 @@ class Bench:
         return found
 
     def processes(self) -> dict[int, float]:
-        """Episodes a second of 1, 2, 4 processes with one thread each, side by side on different episodes."""
-        found = {}
-        for size in (1, 2, 4):
+        """Episodes a second of 1, 2, 4 processes with one thread each, as many as there are cores."""
+        found: dict[int, float] = {}
+        for size in [size for size in (1, 2, 4) if size <= max(2, os.cpu_count() or 1)]:
             tasks = [_start(self.arguments, what="rate", threads=1) for _ in range(size)]
             found[size] = sum(_answer(task)["rate"] for task in tasks)
             print(f"  {size} processes: {found[size] / found[1]:.2f} times one ({found[size]:.0f} episodes/s)")

@@ -324,7 +324,9 @@ def found(folder: Path, rank: int) -> Any:
 def assert_same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        # AdamW divides a gradient by its size: where that is nearly zero, rounding shows in the weight. 1e-4 is a
+        # hundredth of a single step.
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 class TestEvaluation:

@@ -55,7 +55,8 @@ class FeatureStore:
         directory: where files go, in a folder per backbone and size; None keeps everything in memory.
         byte_budget: bytes to keep at most in the directory, features of other backbones and sizes included. Stores
             that run at the same time see each other's files now and then: each may go over by a twentieth of it.
-        batch_size: images per forward pass; kept as an attribute.
+        batch_size: images per forward pass, kept as an attribute; by default 8 on a GPU, and 1 on a CPU, where larger
+            batches leave its cache and take twice as long an image (scripts/bench_evaluation.py, section limit).
 
     Raises:
         DataError: the budget is smaller than one image's features.
@@ -70,9 +71,11 @@ class FeatureStore:
         directory: Path | None,
         fit: Fit = "squash",
         byte_budget: int = DEFAULT_BYTE_BUDGET,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> None:
-        self._backbone, self._source, self.batch_size = backbone, source, batch_size
+        self._backbone, self._source = backbone, source
+        on_cpu = next(backbone.parameters()).device.type == "cpu"
+        self.batch_size = batch_size or (1 if on_cpu else 8)
         self._transform = EpisodeTransform("none", size, fit)
         sides = [-(-size // stride) for stride in backbone.strides]
         self._shapes = [(c, side, side) for c, side in zip(backbone.channels, sides, strict=True)]

@@ -78,11 +78,11 @@ def expected_features(
     backbone: Backbone, source: Any, image_ids: Sequence[str], size: int = SIZE, fit: Fit = "squash"
 ) -> list[Tensor]:
     transform = EpisodeTransform("none", size, fit)
-    images = []
+    found = []
     for image_id in image_ids:
         image = source.image(image_id)
-        images.append(transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0])
-    return [level.half().float() for level in backbone(torch.stack(images))]
+        found.append(backbone(transform(image, np.zeros(image.shape[:2], np.uint8), seed=0)[0][None]))
+    return [torch.cat(level).half().float() for level in zip(*found, strict=True)]
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -390,7 +390,7 @@ class TestFiles:
 
         monkeypatch.setattr(features, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, batch_size=2).ensure(IDS)
+            FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).ensure(IDS)
         monkeypatch.undo()
         files = stored_files(directory)
         assert len(files) == 3

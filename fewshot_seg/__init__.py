@@ -16,6 +16,8 @@ from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
 from fewshot_seg.embedding import ImageEmbedder
 from fewshot_seg.embedding_attention import GradientAttention
+from fewshot_seg.prediction import PhotoPrediction, Predictor
+from fewshot_seg.predictors import open_predictor
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
 from fewshot_seg.similarity import SimilarityNetwork
 
@@ -24,7 +26,9 @@ __all__ = [
     "FewShotSegmenter",
     "GradientAttention",
     "ImageEmbedder",
+    "PhotoPrediction",
     "Prediction",
+    "Predictor",
     "SimilarityNetwork",
     "SupportEncoding",
     "build_backbone",
@@ -32,6 +36,7 @@ __all__ = [
     "gradient_attention",
     "load_segmenter",
     "load_similarity",
+    "open_predictor",
     "save_segmenter",
     "save_similarity",
     "similarity_attention",

@@ -235,7 +235,7 @@ def _describe_backbone(backbone: Backbone, weights: str) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "backbone": backbone.name,
-        "strides": backbone.strides,
+        "strides": backbone.plan,
         "backbone_fingerprint": backbone.fingerprint,
         "backbone_weights": weights,
     }

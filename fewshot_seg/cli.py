@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import commands, data_commands, similarity_commands
+from fewshot_seg import commands, data_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
     Config,
     DemoConfig,
@@ -32,6 +32,8 @@ from fewshot_seg.config import (
     SimilarityTrainConfig,
     TrainConfig,
     VerifyConfig,
+    WeightsListConfig,
+    WeightsVerifyConfig,
     resolve,
     settings_of,
 )
@@ -92,6 +94,17 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
                 SimilarityExplainConfig,
                 similarity_commands.similarity_explain,
                 "draw what makes photos alike, and what a dissimilar one shares",
+            ),
+        },
+    ),
+    "weights": (
+        "trained models that come with the package",
+        {
+            "list": (WeightsListConfig, weights_commands.weights_list, "names, sizes, data and scores"),
+            "verify": (
+                WeightsVerifyConfig,
+                weights_commands.weights_verify,
+                "check digests, and that each of them loads",
             ),
         },
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from episodes.episode_files import check_episodes, fingerprint_episodes, read_episodes
@@ -23,11 +24,12 @@ from fewshot_seg.evaluation import Evaluation, evaluate
 from fewshot_seg.explanation import write_explanations
 from fewshot_seg.export import check_packages, export_segmenter
 from fewshot_seg.fold_data import FoldData, stored_episodes
-from fewshot_seg.method import open_method, open_on_data, take_usual_threshold
+from fewshot_seg.method import Method, open_on_data
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.n_way import NWayEvaluation, evaluate_n_way
-from fewshot_seg.photos import find_queries, read_support
-from fewshot_seg.prediction import Predictor, predict_folder
+from fewshot_seg.photos import WORKING_PIXELS, find_queries
+from fewshot_seg.predicted_files import COCO_NAME, FolderPrediction, predict_folder
+from fewshot_seg.predictors import USUAL_SIZE, method_for_photos, predictor_of
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
 from fewshot_seg.runs import (
     MODEL_NAME,
@@ -35,14 +37,14 @@ from fewshot_seg.runs import (
     benchmark_name,
     check_novel,
     episode_records,
+    known_by_name,
     of_episodes,
     run_record,
     run_training,
     score_record,
 )
 from fewshot_seg.runtime import environment, pick_device, write_json
-
-_PREDICT_SIZE = 400
+from fewshot_seg.support_photos import read_supports, split_name
 
 
 def demo(config: DemoConfig) -> int:
@@ -116,6 +118,7 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "episodes_file": None if file is None else str(file),
         "episodes_fingerprint": fingerprint_episodes(specs),
         "left_out": [data.source.class_names[class_id] for class_id in left_out],
+        "known_by_name": known_by_name(method.notes, data),
         "seconds": evaluation.seconds,
         **score_record(evaluation.result, data.source.class_names),
         "repeats": [one.miou for one in evaluation.repeats],
@@ -133,6 +136,9 @@ def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, res
     print(f"\n{result.episodes} episodes, threshold {results['threshold']:.3f} {results['threshold_origin']}")
     if results["left_out"]:
         print(f"left out, with too few images for {config.shots} shot(s): {', '.join(results['left_out'])}")
+    if results["known_by_name"]:
+        known = ", ".join(results["known_by_name"])
+        print(f"not novel: {results['method']} was trained on classes of these names from other data: {known}")
     print(f"per episode: {config.out / 'evaluation.json'}")
 
 
@@ -186,59 +192,80 @@ def explain(config: ExplainConfig) -> int:
 def predict(config: PredictConfig) -> int:
     """Segment people's own photos; 1 if some could not be read."""
     queries = find_queries(config.query or ())
-    supports = [read_support(pair) for pair in config.support or ()]
-    method = open_method(config)
-    if not method.threshold_origin:
-        method = take_usual_threshold(method, config)
-    predictor = Predictor(method.segmenter, config.size or method.resolution or _PREDICT_SIZE, method.fit)
-    names = config.support or ()
-    if config.support_set is not None:
-        names = predictor.load_support(config.support_set)
-    else:
-        predictor.remember(
-            [one.photo for one in supports], [one.marks for one in supports], [one.kind == "mask" for one in supports]
-        )
+    supports = read_supports(config.support or ())
+    if config.save_support is not None and len(supports) > 1:
+        raise DataError(f"--save-support keeps one class, got {', '.join(supports)}; save them one by one")
+    files = [split_name(text) for text in config.support_set or ()]
+    names = [*supports, *(name for name, _ in files)]
+    if len(set(names)) < len(names):
+        raise DataError(f"each support set is a class of its own, got {', '.join(names)}; give NAME=FILE, each once")
+    method = method_for_photos(config)
+    predictor = predictor_of(method, size=config.size, tile=config.tile, flip=config.flip)
+    for name, shown in supports.items():
+        predictor.remember_supports(shown, name=name)
+    noted = list(config.support or ())
+    for name, file in files:
+        noted.extend(predictor.load_support(Path(file).expanduser(), name=name))
     if config.save_support is not None:
-        predictor.save_support(config.save_support, names)
-        print(f"support set of {len(names)} photo(s): {config.save_support}")
+        predictor.save_support(config.save_support, noted)
+        print(f"support set of {len(noted)} photo(s): {config.save_support}")
         if not queries:
             return 0
-    result = predict_folder(predictor, queries, config.out, show_progress=True)
-    record = {
+    del supports  # photos, of which nothing is needed any more
+    result = predict_folder(
+        predictor, queries, config.out, confidence=config.confidence, coco=config.coco, show_progress=True
+    )
+    write_json(config.out / RUN_NAME, _prediction_record(config, method, noted, predictor.classes, result))
+    kinds = ["masks", "overlays", *(["confidence"] if config.confidence else []), *([COCO_NAME] if config.coco else [])]
+    print(f"{len(result.written)} of {len(queries)} photos: {', '.join(f'{config.out}/{kind}' for kind in kinds)}")
+    reduced = sum(one.reduced for one in result.written)
+    if reduced:
+        limit = f"{WORKING_PIXELS // 10**6} megapixels"
+        print(f"fewshot-seg: {reduced} photo(s) of more than {limit}: worked on reduced, see run.json", file=sys.stderr)
+    for failure in result.failures:
+        print(f"fewshot-seg: skipped {failure}", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def _prediction_record(
+    config: PredictConfig, method: Method, supports: list[str], classes: tuple[str, ...], result: FolderPrediction
+) -> dict[str, Any]:
+    photos = []
+    for one in result.written:
+        photo: dict[str, Any] = {
+            "query": str(one.query),
+            "mask": str(one.mask.relative_to(config.out)),
+            "overlay": str(one.overlay.relative_to(config.out)),
+            "share": one.share,
+            "confidence": one.confidence,
+        }
+        if len(classes) > 1:
+            photo["classes"] = {
+                found.name: {"share": found.share, "confidence": found.confidence} for found in one.found if found.share
+            }
+        if one.reduced:
+            photo["size"], photo["worked_on"] = list(one.shape[::-1]), list(one.worked_on[::-1])
+        photos.append(photo)
+    return {
         "verb": "predict",
         "configuration": config.as_json(),
         "environment": environment(),
         "results": {
             "method": method.name,
             "threshold": method.segmenter.threshold,
-            "supports": list(names),
-            "photos": [
-                {
-                    "query": str(one.query),
-                    "mask": str(one.mask.relative_to(config.out)),
-                    "overlay": str(one.overlay.relative_to(config.out)),
-                    "share": one.share,
-                    "confidence": one.confidence,
-                }
-                for one in result.written
-            ],
+            "classes": list(classes),
+            "supports": supports,
+            "photos": photos,
             "failures": list(result.failures),
         },
     }
-    write_json(config.out / RUN_NAME, record)
-    print(f"{len(result.written)} of {len(queries)} photos: {config.out}/masks, {config.out}/overlays")
-    for failure in result.failures:
-        print(f"fewshot-seg: skipped {failure}", file=sys.stderr)
-    return 1 if result.failures else 0
 
 
 def export(config: ExportConfig) -> int:
     """Write the method as ONNX graphs."""
     check_packages()
-    method = open_method(config)
-    if not method.threshold_origin:
-        method = take_usual_threshold(method, config)
-    size = config.size or method.resolution or _PREDICT_SIZE
+    method = method_for_photos(config)
+    size = config.size or method.resolution or USUAL_SIZE
     metadata = export_segmenter(method.segmenter, config.out, size=size, fit=method.fit, name=method.name)
     print(f"{', '.join(graph['file'] for graph in metadata['graphs'].values())} and how to use them: {config.out}")
     return 0

@@ -6,7 +6,7 @@ Under torchrun every rank scores whole batches, and all of them end with the sco
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,9 @@ from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, intersection_union, mean_result
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shot_rules import check_shot_rule
+
+ReadLogits = Callable[[FeatureBatch, tuple[int, int]], ShotLogits]
+"""Logits of a batch's queries at a size (H, W), by any method."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,24 +116,50 @@ def evaluate_heads(
 ) -> dict[str, Evaluation]:
     """As `evaluate`, for several (decoder, threshold) that read the same priors, in one pass over the episodes."""
     check_shot_rule(shot_rule)
-    check_repeats(len(episodes), repeats)
-    parts, began = list[tuple[dict[str, EpisodeIoU], tuple[EpisodeSpec, ...]]](), time.perf_counter()
     decoders = {name: decoder for name, (decoder, _) in heads.items()}
     encoded = EncodedPhotos(segmenter, decoders.values(), support_cells=support_cells)
+    return evaluate_logits(
+        lambda batch, size: shot_logits(segmenter, decoders, batch, size, rule=shot_rule, encoded=encoded),
+        {name: (name, threshold) for name, (_, threshold) in heads.items()},
+        episodes,
+        scoring_size=scoring_size,
+        source=source,
+        fit=fit,
+        repeats=repeats,
+        batch_size=batch_size,
+        show_progress=show_progress,
+    )
+
+
+def evaluate_logits(
+    read: ReadLogits,
+    cuts: Mapping[str, tuple[str, float]],
+    episodes: FeatureEpisodes,
+    *,
+    scoring_size: int | None,
+    source: MaskSource,
+    fit: Fit = "squash",
+    repeats: int = 1,
+    batch_size: int = 10,
+    show_progress: bool = False,
+) -> dict[str, Evaluation]:
+    """As `evaluate`, for any method that gives logits; by name, (head of the logits, threshold) to score it at."""
+    check_repeats(len(episodes), repeats)
+    parts, began = list[tuple[dict[str, EpisodeIoU], tuple[EpisodeSpec, ...]]](), time.perf_counter()
     for batch in batches_of_rank(episodes, batch_size, show_progress, "evaluating"):
-        side, metrics = scoring_size or batch.query_masks.shape[-1], {name: EpisodeIoU() for name in heads}
-        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule, encoded=encoded)
-        for name, (_, threshold) in heads.items():
+        side, metrics = scoring_size or batch.query_masks.shape[-1], {name: EpisodeIoU() for name in cuts}
+        logits = read(batch, (side, side))
+        for name, (head, threshold) in cuts.items():
             if scoring_size is None:
-                _score_at_original(metrics[name], logits, name, threshold, batch, source, fit)
+                _score_at_original(metrics[name], logits, head, threshold, batch, source, fit)
             else:
-                masks = logits.margins(name, threshold) > 0
+                masks = logits.margins(head, threshold) > 0
                 metrics[name].update(masks, square_targets(batch, side), batch.class_ids)
         parts.append((metrics, batch.specs))
     parts = gather_dealt(parts)
     specs = tuple(spec for _, of_batch in parts for spec in of_batch)
     seconds, evaluations = time.perf_counter() - began, {}
-    for name in heads:
+    for name in cuts:
         metric = EpisodeIoU.joined([metrics[name] for metrics, _ in parts])
         results = tuple(part.compute() for part in metric.split(repeats))
         evaluations[name] = Evaluation(
@@ -224,22 +253,40 @@ def choose_thresholds(
 ) -> dict[str, tuple[float, float]]:
     """As `choose_threshold`, for several decoders that read the same priors."""
     check_shot_rule(shot_rule)
+    encoded = EncodedPhotos(segmenter, decoders.values())
+    return choose_logit_thresholds(
+        lambda batch, size: shot_logits(segmenter, decoders, batch, size, rule=shot_rule, encoded=encoded),
+        episodes,
+        batch_size=batch_size,
+        candidates=candidates,
+        show_progress=show_progress,
+    )
+
+
+def choose_logit_thresholds(
+    read: ReadLogits,
+    episodes: FeatureEpisodes,
+    *,
+    batch_size: int = 10,
+    candidates: int = 41,
+    show_progress: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """As `choose_threshold`, for every head of any method that gives logits."""
     if candidates < 2:
         raise DataError(f"choosing a threshold needs at least 2 candidates, got {candidates}")
     kept = list[tuple[ShotLogits, Tensor, tuple[int, ...]]]()
-    encoded = EncodedPhotos(segmenter, decoders.values())
     for batch in batches_of_rank(episodes, batch_size, show_progress, "choosing threshold"):
         # a quarter of the side is enough to place one threshold, and keeps all logits in memory
         side = -(-batch.query_masks.shape[-1] // 4)
-        logits = shot_logits(segmenter, decoders, batch, (side, side), rule=shot_rule, encoded=encoded)
+        logits = read(batch, (side, side))
         kept.append((logits, square_targets(batch, side), batch.class_ids))
     kept = gather_dealt(kept)
     weights = torch.cat([one.weights for one, _, _ in kept])
-    together = {name: torch.cat([one.heads[name] for one, _, _ in kept]) for name in decoders}
-    whole = ShotLogits(heads=together, weights=weights, rule=shot_rule)
+    together = {name: torch.cat([one.heads[name] for one, _, _ in kept]) for name in kept[0][0].heads}
+    whole = ShotLogits(heads=together, weights=weights, rule=kept[0][0].rule)
     target = torch.cat([targets for _, targets, _ in kept])
     class_ids = [class_id for _, _, of_batch in kept for class_id in of_batch]
-    return {name: _best_threshold(whole, name, target, class_ids, candidates) for name in decoders}
+    return {name: _best_threshold(whole, name, target, class_ids, candidates) for name in together}
 
 
 def _best_threshold(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from episodes.protocols import Fit
 from episodes.types import DataError
-from fewshot_seg.backbones import Backbone
 from fewshot_seg.onnx_graphs import EMBEDDING, PhotoGraph, QueryGraph, SupportGraph
 from fewshot_seg.runtime import atomic_path, write_json
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -27,7 +26,6 @@ SUPPORT_NAME, QUERY_NAME, METADATA_NAME = "support.onnx", "query.onnx", "metadat
 LEAST_SIDE = 64
 """Two cells of the coarsest stride: torch.export takes an axis of length 1 for a constant."""
 
-_MULTIPLE = 32  # of sides, where the backbone drops the border of other photos
 _COMMAND = 'pip install "fewshot-seg[export]"'
 
 
@@ -57,14 +55,16 @@ def export_segmenter(
     _check_folder(folder)
     if segmenter.prior != "similarity":
         raise DataError(f"models with the prior {segmenter.prior!r} cannot be exported; train one with 'similarity'")
-    multiple = _size_multiple(segmenter.backbone)
-    if size < LEAST_SIDE or size % multiple:
-        raise DataError(f"--size {size}: this model's graphs take sides of {LEAST_SIDE} pixels or more{_of(multiple)}")
-    width, side = segmenter.similarity.width, LEAST_SIDE * 2
-    images, masks = torch.rand(3, 3, side, side + 2 * _MULTIPLE), torch.ones(3, side, side + 2 * _MULTIPLE).byte()
+    multiple = segmenter.backbone.multiple
+    least = -(-LEAST_SIDE // multiple) * multiple
+    if size < least or size % multiple:
+        raise DataError(f"--size {size}: this model's graphs take sides of {least} pixels or more{_of(multiple)}")
+    width, side = segmenter.similarity.width, least * 2
+    wide = side + least
+    images, masks = torch.rand(3, 3, side, wide), torch.ones(3, side, wide).byte()
     encoded = [torch.rand(shape) for shape in ((7, width), (7,), (7,), (width,), (width,), (width,))]
     dim = torch.export.Dim
-    height_width = {axis: multiple * dim(of, min=LEAST_SIDE // multiple) for axis, of in ((2, "height"), (3, "width"))}
+    height_width = {axis: multiple * dim(of, min=least // multiple) for axis, of in ((2, "height"), (3, "width"))}
     mask_sides = {axis - 1: of for axis, of in height_width.items()}
     shots, batch, cells = dim("shots", min=1), dim("batch", min=1), dim("cells", min=2)
     support = _program(SupportGraph(segmenter), (images, masks), ({0: shots} | height_width, {0: shots} | mask_sides))
@@ -81,7 +81,7 @@ def export_segmenter(
         "size": size,
         "fit": fit,
         "size_multiple": multiple,
-        "least_side": LEAST_SIDE,
+        "least_side": least,
         "opset": OPSET,
         "versions": {one: importlib.metadata.version(one) for one in ("torch", "onnx", "onnxscript", "timm")},
         "graphs": _signatures(width),
@@ -142,15 +142,6 @@ def _check_folder(folder: Path) -> None:
     foreign -= {SUPPORT_NAME, QUERY_NAME, METADATA_NAME}
     if foreign:
         raise DataError(f"--out {folder} holds something else ({min(foreign)}); choose a new or empty folder")
-
-
-def _size_multiple(backbone: Backbone) -> int:
-    odd = torch.zeros(1, 3, LEAST_SIDE + 1, LEAST_SIDE + 3, device=next(backbone.parameters()).device)
-    try:
-        backbone(odd)
-    except (DataError, RuntimeError):  # it drops the border, or refuses
-        return _MULTIPLE
-    return 1
 
 
 def _of(multiple: int) -> str:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
+from episodes.sources import JointSource
 from episodes.types import DataError, MaskSource, PhotoFiles, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.runtime import atomic_path
@@ -77,8 +78,7 @@ class FeatureStore:
         on_cpu = next(backbone.parameters()).device.type == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else 8)
         self._transform = EpisodeTransform("none", size, fit)
-        sides = [-(-size // stride) for stride in backbone.strides]
-        self._shapes = [(c, side, side) for c, side in zip(backbone.channels, sides, strict=True)]
+        self._shapes = [(c, *grid) for c, grid in zip(backbone.channels, backbone.grids(size, size), strict=True)]
         empty = {f"level{i}": torch.zeros(shape).half() for i, shape in enumerate(self._shapes)}
         one_file = save(empty, metadata={_CHECKSUM: "0" * 8})
         self._bytes_per_image, self._byte_budget = len(one_file), byte_budget
@@ -220,9 +220,13 @@ class FeatureStore:
 def content_name(source: PhotoSource, image_id: str) -> str:
     """32 hex digits that change when the photo changes: of its file's bytes, or of what the source says of it.
 
+    A photo of a joint source goes by the name that it has in its own data set: both share its features.
+
     Raises:
         SourceError: no such photo.
     """
+    if isinstance(source, JointSource):
+        return content_name(*source.origin(image_id))
     digest = hashlib.sha256(f"{type(source).__name__}\0".encode())  # sources may turn a photo differently
     content = None
     if isinstance(source, PhotoFiles):

@@ -1,9 +1,14 @@
-"""The method that a command scores, shows or applies: a trained model, or one prior map with nothing trained."""
+"""The method that a command scores, shows or applies: a trained model, or one prior map with nothing trained.
+
+A model is a file, or a shipped one by its name. Verbs for people's own photos take the shipped model ``general`` where
+nothing else is asked for; verbs that score or explain do not, because it has seen the classes of every fold.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from episodes.protocols import PROTOCOL_NAMES, Fit
@@ -11,7 +16,7 @@ from episodes.types import DataError
 from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import EMBEDDED, build_backbone
 from fewshot_seg.checkpoint import load_segmenter, load_similarity
-from fewshot_seg.config import EpisodeSettings, ModelSettings
+from fewshot_seg.config import NO_MODEL, EpisodeSettings, ModelSettings, settings_of
 from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.evaluation import choose_threshold
 from fewshot_seg.fold_data import FoldData, held_out_episodes
@@ -19,6 +24,7 @@ from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.runs import check_classes, open_data
 from fewshot_seg.runtime import pick_device
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
+from fewshot_seg.shipped import general_model, is_shipped, model_file
 
 SOFT_MARGIN_THRESHOLD = 0.5
 """Of the bare soft margin: best on held-out base classes of PASCAL-5i (scripts/choose_temperature.py)."""
@@ -34,13 +40,15 @@ class Method:
 
     Attributes:
         segmenter: in evaluation mode, on its device.
-        name: for people, for example ``soft margin, training-free`` or the model's path.
+        model: file of a trained model; None for a bare prior.
+        name: for people, for example ``soft margin, training-free``, the model's path, or ``general (shipped)``.
         resolution: side of the square it was trained at; None for a bare prior.
         notes: of the model file.
         threshold_origin: who chose the threshold; empty as long as nobody did.
     """
 
     segmenter: FewShotSegmenter
+    model: Path | None
     name: str
     resolution: int | None
     notes: dict[str, Any]
@@ -52,17 +60,23 @@ class Method:
         return "pad" if self.notes.get("fit") == "pad" else "squash"
 
 
-def open_method(settings: ModelSettings) -> Method:
-    """The model file of the settings, or a bare prior map.
+def open_method(settings: ModelSettings, *, own_photos: bool = False) -> Method:
+    """The model of the settings, or a bare prior map.
+
+    Args:
+        settings: of the verb.
+        own_photos: take the shipped model ``general``, if there is one, where the settings ask for nothing else.
 
     Raises:
-        DataError: missing, damaged or foreign model file; unknown backbone or device.
+        DataError: missing, damaged or foreign model file, or no shipped model of that name; unknown backbone or device.
     """
+    model = _chosen_model(settings, own_photos)
     device = pick_device(settings.device)
     resolution: int | None
-    if settings.model is not None:
-        loaded = load_segmenter(settings.model, backbone_weights=settings.backbone_weights, device=device)
-        segmenter, name, origin = loaded.segmenter, str(settings.model), "of the model"
+    if model is not None:
+        loaded = load_segmenter(model, backbone_weights=settings.backbone_weights, device=device)
+        segmenter, origin = loaded.segmenter, "of the model"
+        name = f"{model.stem} (shipped)" if is_shipped(model) else str(model)
         resolution, notes = loaded.resolution, loaded.notes
     else:
         channel = settings.prior_map or PRIOR_CHANNELS[0]
@@ -73,7 +87,26 @@ def open_method(settings: ModelSettings) -> Method:
     accelerate(segmenter.backbone, size=resolution or _SIZE, precision=settings.precision, compiled=settings.compile)
     if settings.threshold is not None:
         segmenter.threshold, origin = settings.threshold, "given by --threshold"
-    return Method(segmenter=segmenter, name=name, resolution=resolution, notes=dict(notes), threshold_origin=origin)
+    return Method(
+        segmenter=segmenter,
+        model=model,
+        name=name,
+        resolution=resolution,
+        notes=dict(notes),
+        threshold_origin=origin,
+    )
+
+
+def _chosen_model(settings: ModelSettings, own_photos: bool) -> Path | None:
+    """File of the trained model that the settings name, or that is taken where they leave the choice."""
+    if settings.model == NO_MODEL:
+        return None
+    if settings.model is not None:
+        return model_file(settings.model)
+    names = ("similarity", "prior_map", "backbone", "backbone_weights", "strides")
+    usual = {one.name: one.default for one in settings_of(type(settings))}
+    asked = any(getattr(settings, name) != usual[name] for name in names)
+    return general_model() if own_photos and not asked else None
 
 
 def _bare_prior(settings: ModelSettings, channel: str) -> tuple[FewShotSegmenter, str, int | None, dict[str, Any]]:
@@ -108,7 +141,7 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         show_progress=show_progress,
     )
     check_classes(method.name, method.notes, data)
-    if settings.model is not None and method.fit != data.protocol.fit:
+    if method.model is not None and method.fit != data.protocol.fit:
         raise DataError(
             f"{method.name} was trained on photos made square by {method.fit!r}, protocol {data.protocol.name} does it "
             f"by {data.protocol.fit!r}; give --protocol or --protocol-file as in its training"

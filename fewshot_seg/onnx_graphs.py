@@ -86,15 +86,15 @@ class PhotoGraph(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The similarity network's cells float (B, D, h, w), and the frozen levels, all at its grid."""
         backbone = self.segmenter.backbone
-        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
-        by_stride = {2**stage: level for stage, level in enumerate(backbone.encoder((images - mean) / std))}
-        finest = by_stride[backbone.strides[0]]
+        finest, *others = backbone.levels(images)
         # here, not in join_levels: it asks which levels have the grid's size, which a dynamic size cannot answer
-        coarser = [
-            F.interpolate(by_stride[stride], finest.shape[2:], mode="bilinear", align_corners=False)
-            for stride in backbone.strides[1:]
+        resized = [
+            level
+            if stride == backbone.strides[0]
+            else F.interpolate(level, finest.shape[2:], mode="bilinear", align_corners=False)
+            for level, stride in zip(others, backbone.strides[1:], strict=True)
         ]
-        levels = [finest, *coarser]
+        levels = [finest, *resized]
         maps: Tensor = self.segmenter.similarity(levels)
         return maps, levels
 

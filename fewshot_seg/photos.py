@@ -1,48 +1,139 @@
-"""People's own files: photos in any orientation and colour mode, and masks drawn with any tool."""
+"""People's own picture files: photos in any orientation, colour mode and size, and masks drawn with any tool."""
 
 from __future__ import annotations
 
 import glob
 import os
-import re
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from episodes.sources.decoding import rgb
-from episodes.sources.marks import point_radius
+from episodes.sources.decoding import rgb, upright_size
 from episodes.sources.object_masks import object_mask
-from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
+from episodes.types import DataError, UInt8Array
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
+MOST_PIXELS = 200_000_000
+"""Of a picture; larger ones are refused, for a small file can claim to be any size."""
+WORKING_PIXELS = 16_000_000
+"""What is worked on has at most so many pixels; a larger photo is reduced."""
+_WORKING_SIDE = 16_000
 
-def _open(path: Path, what: str) -> Image.Image:
-    """The decoded picture, upright. Raises DataError naming the file."""
-    if not os.path.isfile(path):  # noqa: PTH113 - as in read_support
+_large_pictures = threading.Lock()
+"""Held while Pillow's own limit, which is one for the whole process, is lifted; and while a large picture is decoded,
+so that only one is in memory at its own size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Photo:
+    """A photo to work on.
+
+    Attributes:
+        pixels: uint8 (h, w, 3), upright; the photo itself, or a reduced copy of at most `WORKING_PIXELS`.
+        shape: (H, W) of the photo itself, upright.
+    """
+
+    pixels: UInt8Array
+    shape: tuple[int, int]
+
+    @property
+    def reduced(self) -> bool:
+        """Whether `pixels` are fewer than the photo has."""
+        return self.pixels.shape[:2] != self.shape
+
+    @property
+    def scale(self) -> float:
+        """Side of the copy by side of the photo, at most 1."""
+        return float(max(self.pixels.shape[:2]) / max(self.shape))
+
+
+@contextmanager
+def _decoded(path: Path, what: str, *, least: bool = False) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """The picture, upright, and the (height, width) it has in truth; errors in the block name the file.
+
+    With `least`, a JPEG that `_working_shape` makes much smaller anyway comes at half, a quarter or an eighth.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that are too long to be any
         raise DataError(f"{path}: no such file; expected a {what}")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+        with _large_pictures, _pillows_limit_lifted():
+            picture = Image.open(path)
+        with picture:
+            shape = upright_size(picture)
+            pixels = shape[0] * shape[1]
+            if pixels > MOST_PIXELS:
+                raise DataError(
+                    f"{path}: {what} has {shape[1]}x{shape[0]} pixels, and at most {MOST_PIXELS // 10**6} megapixels "
+                    "are read; make it smaller or cut it into parts"
+                )
+            with _alone() if pixels > WORKING_PIXELS else nullcontext():
+                working = _working_shape(shape)
+                if least and working != shape:
+                    factor = max(working) / max(shape)
+                    picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))
+                picture.load()
+                yield ImageOps.exif_transpose(picture), shape
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders each raise their own on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: {what} cannot be decoded ({reason}); save it again as JPEG or PNG") from error
 
 
-def read_photo(path: Path) -> UInt8Array:
-    """A photo as people see it: uint8 (H, W, 3), EXIF orientation applied, transparency on white.
+@contextmanager
+def _alone() -> Iterator[None]:
+    with _large_pictures, _pillows_limit_lifted():
+        yield
 
-    Grey, palette, CMYK and 16-bit pictures are converted.
+
+@contextmanager
+def _pillows_limit_lifted() -> Iterator[None]:
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _working_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the copy of a photo (H, W) that is worked on."""
+    height, width = shape
+    factor = min(1.0, (WORKING_PIXELS / (height * width)) ** 0.5, _WORKING_SIDE / max(shape))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def open_photo(path: Path) -> Photo:
+    """A photo as people see it, reduced where it has more than `WORKING_PIXELS`, or a side of more than 16000.
+
+    EXIF orientation is applied, transparency lies on white, of an animation it is the first picture. Grey, palette,
+    CMYK, 16-bit and floating-point pictures are converted.
 
     Raises:
-        DataError: missing or undecodable file.
+        DataError: missing or undecodable file, or one of more than `MOST_PIXELS`.
     """
-    return rgb(_open(path, "photo"))
+    with _decoded(path, "photo", least=True) as (picture, shape):
+        pixels, (height, width) = rgb(picture), _working_shape(shape)
+        if pixels.shape[:2] != (height, width):
+            pixels = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    return Photo(pixels=pixels, shape=shape)
+
+
+def read_photo(path: Path) -> UInt8Array:
+    """As `open_photo`, at the photo's own size: uint8 (H, W, 3).
+
+    Raises:
+        DataError: as `open_photo`.
+    """
+    with _decoded(path, "photo") as (picture, _):
+        return rgb(picture)
 
 
 def read_object_mask(path: Path) -> UInt8Array:
@@ -51,115 +142,10 @@ def read_object_mask(path: Path) -> UInt8Array:
     Which pixels are the object: see `episodes.sources.object_masks.object_mask`.
 
     Raises:
-        DataError: missing, undecodable or coloured file.
+        DataError: missing, undecodable or coloured file, or one of more than `MOST_PIXELS`.
     """
-    return object_mask(_open(path, "mask"), path)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Support:
-    """A photo and how its object is marked.
-
-    Attributes:
-        photo: uint8 (H, W, 3).
-        marks: uint8 (H, W), 1 = object, 0 = background, 255 = ignored or, unless it is a mask, not known.
-        kind: by what it is marked.
-    """
-
-    photo: UInt8Array
-    marks: UInt8Array
-    kind: SupportKind
-
-
-def read_support(text: str) -> Support:
-    """A support as it is given on the command line.
-
-    - ``PHOTO:MASK``: a mask file (`read_object_mask`).
-    - ``PHOTO:box=X0,Y0,X1,Y1``: the object is inside, with nothing of it outside; several boxes are joined by ``+``.
-    - ``PHOTO:point=X,Y``: a point on the object; several are joined by ``+``.
-    - ``PHOTO:scribble=FILE``: a mask file whose object is strokes on the object.
-    - ``PHOTO``: the photo shows the object somewhere.
-
-    Coordinates are pixels of the upright photo, from its top left corner.
-
-    Raises:
-        DataError: none of these, a missing or broken file, two sizes, marks without the object or outside the photo.
-    """
-    alone = Path(text).expanduser()
-    if os.path.isfile(alone):  # noqa: PTH113 - Path.is_file raises for names that are too long to be any
-        photo = read_photo(alone)
-        return Support(photo=photo, marks=np.full(photo.shape[:2], IGNORE, np.uint8), kind="label")
-    found = _MARKS.fullmatch(text)
-    if found is None:
-        photo_path, mask_path = _split_pair(text)
-        photo = read_photo(photo_path)
-        return Support(photo=photo, marks=_object_mask_of(photo, photo_path, mask_path), kind="mask")
-    photo_path = Path(found["photo"]).expanduser()
-    photo, kind, value = read_photo(photo_path), found["kind"], found["value"]
-    if kind == "scribble":
-        strokes = _object_mask_of(photo, photo_path, Path(value).expanduser())
-        return Support(photo=photo, marks=np.where(strokes == 1, 1, IGNORE).astype(np.uint8), kind="scribble")
-    shapes = [_numbers(text, one, 4 if kind == "box" else 2, photo) for one in value.split("+")]
-    if kind == "box":
-        marks = np.zeros(photo.shape[:2], np.uint8)
-        for left, top, right, bottom in shapes:
-            if right <= left or bottom <= top:
-                raise DataError(f"--support {text!r}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
-            marks[top:bottom, left:right] = IGNORE
-        return Support(photo=photo, marks=marks, kind="box")
-    marks = np.full(photo.shape[:2], IGNORE, np.uint8)
-    radius = point_radius(marks.shape)
-    height, width = photo.shape[:2]
-    rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
-    for x, y in shapes:
-        marks[(rows - y) ** 2 + (columns - x) ** 2 <= radius**2] = 1
-    return Support(photo=photo, marks=marks, kind="point")
-
-
-_MARKS = re.compile(r"(?P<photo>.+):(?P<kind>box|point|scribble)=(?P<value>.+)", re.DOTALL)
-
-
-def _numbers(text: str, value: str, count: int, photo: UInt8Array) -> list[int]:
-    try:
-        numbers = [round(float(one)) for one in value.split(",")]
-    except (ValueError, OverflowError):
-        numbers = []
-    if len(numbers) != count:
-        expected = "box=X0,Y0,X1,Y1" if count == 4 else "point=X,Y"
-        raise DataError(f"--support {text!r}: expected {expected} in pixels, got {value!r}")
-    height, width = photo.shape[:2]
-    room = 0 if count == 4 else -1  # a box may end at the border, a point must be on a pixel
-    if not all(0 <= x <= width + room for x in numbers[::2]) or not all(0 <= y <= height + room for y in numbers[1::2]):
-        raise DataError(
-            f"--support {text!r}: {value} lies outside the photo, which is {width}x{height} pixels (upright)"
-        )
-    return numbers
-
-
-def _object_mask_of(photo: UInt8Array, photo_path: Path, mask_path: Path) -> UInt8Array:
-    mask = read_object_mask(mask_path)
-    if photo.shape[:2] != mask.shape:
-        raise DataError(
-            f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, photo {photo_path.name} is "
-            f"{photo.shape[1]}x{photo.shape[0]} pixels (upright); draw the mask at the photo's size"
-        )
-    if not (mask == 1).any():
-        raise DataError(f"{mask_path}: mask shows no object; mark the object with a value other than 0 (black)")
-    return mask
-
-
-def _split_pair(pair: str) -> tuple[Path, Path]:
-    places = [place for place, letter in enumerate(pair) if letter == ":"]
-    candidates = [(Path(pair[:place]).expanduser(), Path(pair[place + 1 :]).expanduser()) for place in places]
-    for photo, mask in candidates:  # file names may hold colons themselves, as Windows drives do
-        if os.path.isfile(photo) and os.path.isfile(mask):  # noqa: PTH113 - as in read_support
-            return photo, mask
-    if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
-        raise DataError(
-            f"--support {pair!r}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
-            "PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone"
-        )
-    return candidates[-1]
+    with _decoded(path, "mask") as (picture, _):
+        return object_mask(picture, path)
 
 
 def find_queries(queries: Sequence[str]) -> list[Path]:
@@ -171,11 +157,11 @@ def find_queries(queries: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for query in queries:
         path = Path(query).expanduser()
-        if os.path.isdir(path):  # noqa: PTH112 - as in read_support
+        if os.path.isdir(path):  # noqa: PTH112 - as in _decoded
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in PHOTO_SUFFIXES and f.is_file())
             if not files:
                 raise DataError(f"--query {query}: folder holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        elif os.path.exists(path):  # noqa: PTH110 - as in read_support
+        elif os.path.exists(path):  # noqa: PTH110 - as in _decoded
             files = [path]
         else:
             files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - Path.glob refuses absolute patterns

@@ -23,6 +23,16 @@ TRUTH: Colour = (86, 180, 233)
 BACKGROUND: Colour = (204, 121, 167)
 """Tint of the known background of weakly marked supports."""
 _IGNORED: Colour = (128, 128, 128)
+_CLASSES: tuple[Colour, ...] = (
+    OBJECT,
+    TRUTH,
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    BACKGROUND,
+)
+"""Of the first classes, all of Okabe and Ito; the further ones have those of PASCAL VOC's palette."""
 
 _BACKGROUND_ALPHA = 0.35
 _UNKNOWN_SHADE = 0.4
@@ -53,18 +63,72 @@ def overlay_mask(image: UInt8Array, mask: UInt8Array, colour: Colour = OBJECT, *
         alpha: strength of the tint in [0, 1].
     """
     painted = np.ascontiguousarray(image).copy()
-    levels = np.arange(256, dtype=np.float32)[:, None]
-    for value, tint in ((1, colour), (IGNORE, _IGNORED)):
-        # A table of all 256 levels and OpenCV's masked copy: a photo is tinted for less than it costs to encode.
-        table = np.round((1 - alpha) * levels + alpha * np.array(tint, np.float32)).astype(np.uint8)
-        chosen = np.asarray(mask == value, np.uint8)
-        if chosen.any():
-            cv2.copyTo(cv2.LUT(painted, table[None]), chosen, painted)
-    thickness = max(1, round(max(mask.shape) / 200))
-    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)
-    inside = np.asarray(mask == 1, np.uint8)
-    painted[cv2.dilate(inside, kernel) > inside] = colour
+    _tint(painted, np.asarray(mask == 1, np.uint8), colour, alpha)
+    _tint(painted, np.asarray(mask == IGNORE, np.uint8), _IGNORED, alpha)
+    _outline(painted, np.asarray(mask == 1, np.uint8), colour)
     return painted
+
+
+def _tint(painted: UInt8Array, chosen: UInt8Array, tint: Colour, alpha: float) -> None:
+    # A table of all 256 levels and OpenCV's masked copy: a photo is tinted for less than it costs to encode.
+    table = np.round((1 - alpha) * np.arange(256, dtype=np.float32)[:, None] + alpha * np.array(tint, np.float32))
+    if chosen.any():
+        cv2.copyTo(cv2.LUT(painted, table.astype(np.uint8)[None]), chosen, painted)
+
+
+def _outline(painted: UInt8Array, inside: UInt8Array, colour: Colour) -> None:
+    thickness = max(1, round(max(inside.shape) / 200))
+    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)
+    painted[cv2.dilate(inside, kernel) > inside] = colour
+
+
+def class_colour(number: int) -> Colour:
+    """Colour of class `number`, 1 to 255: seven that people with any colour vision tell apart, then PASCAL VOC's.
+
+    >>> class_colour(1), class_colour(8)
+    ((230, 159, 0), (64, 0, 0))
+    """
+    if number <= len(_CLASSES):
+        return _CLASSES[number - 1]
+    red, green, blue = (
+        sum(((number >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)
+    )
+    return red, green, blue
+
+
+def overlay_classes(image: UInt8Array, labels: UInt8Array, names: Sequence[str], *, alpha: float = 0.45) -> UInt8Array:
+    """The photo with every class tinted and outlined in its colour, and the names of those it shows, if of several.
+
+    Args:
+        image: uint8 (H, W, 3).
+        labels: uint8 (H, W), 0 = background, n = class n.
+        names: of all classes.
+        alpha: strength of the tint in [0, 1].
+    """
+    painted = np.ascontiguousarray(image).copy()
+    shown = [number for number in range(1, len(names) + 1) if (labels == number).any()]
+    for number in shown:
+        _tint(painted, np.asarray(labels == number, np.uint8), class_colour(number), alpha)
+    for number in shown:
+        _outline(painted, np.asarray(labels == number, np.uint8), class_colour(number))
+    if len(names) == 1 or not shown:
+        return painted
+    return _with_legend(painted, [(names[number - 1], class_colour(number)) for number in shown])
+
+
+def _with_legend(picture: UInt8Array, entries: Sequence[tuple[str, Colour]]) -> UInt8Array:
+    """Names beside their colours on a light ground, in the top left corner."""
+    size = max(10, round(max(picture.shape[:2]) / 40))
+    drawn, line, margin = Image.fromarray(picture), round(1.4 * size), size // 2
+    font = ImageFont.load_default(size)
+    ink = ImageDraw.Draw(drawn)
+    width = round(max(ink.textlength(name, font=font) for name, _ in entries)) + line + 3 * margin
+    ink.rectangle((0, 0, width, len(entries) * line + margin), fill=(245, 245, 245))
+    for row, (name, colour) in enumerate(entries):
+        top = margin + row * line
+        ink.rectangle((margin, top, margin + size, top + size), fill=colour)
+        _text(ink, (2 * margin + size, top - size // 8), name, size, picture.shape[1])
+    return np.array(drawn)
 
 
 def overlay_annotation(image: UInt8Array, annotation: UInt8Array) -> UInt8Array:
@@ -141,12 +205,15 @@ def write_picture(path: Path, picture: UInt8Array) -> None:
         Image.fromarray(picture).save(temporary, quality=90)
 
 
-_PALETTE = bytes([0, 0, 0, *OBJECT])
-
-
-def write_mask(path: Path, mask: UInt8Array) -> None:
-    """Write a mask uint8 (H, W) of 0 and 1 as an index PNG (mode P) whose palette makes it visible."""
+def write_mask(path: Path, mask: UInt8Array, classes: int = 1) -> None:
+    """Write a mask uint8 (H, W) of 0 to `classes` as an index PNG (mode P) whose palette makes it visible."""
     indexed = Image.fromarray(mask)
-    indexed.putpalette(_PALETTE)
+    indexed.putpalette(bytes([0, 0, 0] + [level for number in range(classes) for level in class_colour(number + 1)]))
     with atomic_path(path) as temporary:
         indexed.save(temporary)
+
+
+def write_grey(path: Path, values: UInt8Array) -> None:
+    """Write uint8 (H, W) as a grey PNG, beside and renamed."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(values).save(temporary)

@@ -22,6 +22,7 @@ from episodes.sources import (
     LabelmeSource,
     SyntheticSource,
     VocSource,
+    common_name,
 )
 from episodes.types import DataError, MaskSource
 from fewshot_seg.acceleration import accelerate
@@ -197,11 +198,16 @@ def _read_similarity(path: Path, data: FoldData, backbone_weights: str) -> Simil
 
 
 def check_classes(name: str, notes: Mapping[str, Any], data: FoldData) -> None:
-    """Raises DataError when a model, by the notes of its file, was trained on classes that a fold scores as novel."""
-    if notes.get("source") != data.source.name:
+    """Raises DataError when a model, by the notes of its file, was trained on classes that a fold scores as novel.
+
+    A model of several data sets notes under ``members`` the trained classes of each by the data set's own ids.
+    """
+    class_names, members = data.source.class_names, notes.get("members", {})
+    if notes.get("source") != data.source.name and data.source.name not in members:
         return
-    class_names = data.source.class_names
-    if data.fold is None and "base_class_names" in notes:  # folders of one's own may number their classes otherwise
+    if data.source.name in members:
+        seen = sorted(set(members[data.source.name]) & set(data.split.novel))
+    elif data.fold is None and "base_class_names" in notes:  # folders of one's own may number their classes otherwise
         known = set(notes["base_class_names"])
         seen = [class_id for class_id in data.split.novel if class_names[class_id] in known]
     else:
@@ -213,10 +219,20 @@ def check_classes(name: str, notes: Mapping[str, Any], data: FoldData) -> None:
                 f"{name} was trained on {names}, to be scored here; name the classes that it has not seen with "
                 "--novel-classes"
             )
+        other = "" if notes.get("fold") is None else f"--fold {notes['fold']} or "
         raise DataError(
             f"{name} was trained on {names}, which fold {data.fold} scores as novel; "
-            f"use --fold {notes.get('fold')} or the model of fold {data.fold}"
+            f"use {other}the model of fold {data.fold}"
         )
+
+
+def known_by_name(notes: Mapping[str, Any], data: FoldData) -> list[str]:
+    """Novel classes whose names a model of *other* data was trained on: told to the reader, as nothing forbids it."""
+    if notes.get("source") == data.source.name:
+        return []
+    trained = {common_name(name) for name in notes.get("base_class_names", [])}
+    names = (data.source.class_names[class_id] for class_id in data.split.novel)
+    return [name for name in names if common_name(name) in trained]
 
 
 def run_training(config: TrainConfig, *, device: torch.device, show_progress: bool = False) -> TrainedFold:

@@ -28,6 +28,7 @@ from fewshot_seg.optimisation import CHECKPOINT_NAME, Plan, TrainingResult
 from fewshot_seg.runs import RUN_NAME, benchmark_name, check_classes, check_folder, open_data, run_record
 from fewshot_seg.runtime import environment, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
+from fewshot_seg.shipped import model_file
 from fewshot_seg.similarity import SimilarityNetwork
 from fewshot_seg.similarity_losses import Constraint
 from fewshot_seg.similarity_training import PhotoBatches, train_on_episodes, train_on_photos
@@ -87,7 +88,8 @@ def open_network(settings: SimilarityModelSettings, device: torch.device) -> Loa
         DataError: missing, damaged or foreign file.
     """
     if settings.model is not None:
-        return load_similarity(settings.model, backbone_weights=settings.backbone_weights, device=device)
+        path = model_file(settings.model)
+        return load_similarity(path, backbone_weights=settings.backbone_weights, device=device)
     weights = settings.backbone_weights or EMBEDDED
     backbone = build_backbone(settings.backbone, strides=settings.strides, weights=weights).to(device)
     similarity = SimilarityNetwork(backbone.channels, rank=0)

@@ -126,7 +126,8 @@ def measure(
     """Seconds of each side (ratio), seconds and peak memory (folder), or seconds to get the supports (start)."""
     # Imported here: the parent stays small, for a child's peak starts at its parent's on some systems.
     from fewshot_seg.photos import find_queries, read_photo
-    from fewshot_seg.prediction import Predictor, predict_folder
+    from fewshot_seg.predicted_files import predict_folder
+    from fewshot_seg.prediction import Predictor
 
     files = find_queries([photos])[:count]
     segmenter, side = _segmenter(model, size)
@@ -161,7 +162,7 @@ def _bare(predictor: Any, backbone: Any, files: list[Path], batch_size: int) -> 
 
     from fewshot_seg.photos import read_photo
     from fewshot_seg.pipeline import stream
-    from fewshot_seg.prediction import lane_count
+    from fewshot_seg.predicted_files import lane_count
 
     def read(file: Path) -> Any:
         return predictor.square(read_photo(file))

@@ -98,6 +98,9 @@ def render(source: Path, target: Path) -> None:
         if chosen:
             note = "What choices were made on: classes held out from the base classes, photos of the training split."
             lines += ["", "### Held-out base classes: mIoU, 1-shot", "", note, "", *_table(chosen)]
+        rivals = _select(of_data, task="rivals", fold="mean")
+        if rivals:
+            lines += ["", "### Rivals", "", _RIVALS, "", *_rival_table(rivals)]
         for metric in dict.fromkeys(record["metric"] for record in of_data if record["task"] == "speed"):
             lines += ["", f"### {metric}", "", *_table(_select(of_data, task="speed", metric=metric))]
     with atomic_path(target) as temporary:
@@ -146,6 +149,37 @@ def _wide_table(records: Sequence[Record]) -> list[str]:
     methods = dict.fromkeys(record["method"] for record in records)
     rows = [f"| method | {' | '.join(metrics)} |", f"|---|{'---|' * len(metrics)}"]
     return rows + [f"| {m} | {' | '.join(_cell(by_place.get((m, one))) for one in metrics)} |" for m in methods]
+
+
+_RIVALS = (
+    "Means over folds; every method on the same episodes. The rivals are written from their papers within this code "
+    "base, over the same kind of frozen features, and trained with the same episodes and number of steps; what each "
+    "keeps of its paper is said in `fewshot_seg/rivals`. Thresholds are chosen on held-out base classes, and, in "
+    "columns that say so, left at the method's own (0). Seconds: one episode from features in memory to logits, "
+    "support and query encoded anew, all methods by turns in one run."
+)
+
+
+def _rival_table(records: Sequence[Record]) -> list[str]:
+    """One row a method, best first; a column each for every number of shots and metric, parameters last."""
+    by_place = {(record["method"], record["shots"], record["metric"]): record for record in records}
+    found = dict.fromkeys((record["metric"], record["shots"]) for record in records)
+    places = sorted(found, key=lambda place: (place[0][:4] != "mIoU", *place))
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    methods.sort(key=lambda method: -by_place.get((method, 1, "mIoU"), {"value": 0.0})["value"])
+    counted = "trainable parameters"
+    heading = [metric if metric == counted else f"{metric}, {shots}-shot" for metric, shots in places]
+    rows = [f"| method | {' | '.join(heading)} |", f"|---|{'---|' * len(places)}"]
+    for method in methods:
+        cells = []
+        for metric, shots in places:
+            record = by_place.get((method, shots, metric))
+            if record is None or "low" in record:
+                cells.append(_cell(record))
+            else:
+                cells.append(f"{record['value']:,.0f}" if metric == counted else f"{record['value']:.2f}")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return rows
 
 
 def _provenance(records: Sequence[Record]) -> str:

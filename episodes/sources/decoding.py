@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from episodes.sources.errors import SourceError
@@ -60,12 +62,19 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def rgb(picture: Image.Image) -> UInt8Array:
-    """uint8 (H, W, 3) of any picture: 16 bits are scaled, transparency lies on white."""
-    if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
-        values = np.asarray(picture).astype(np.float64)
-        grey = values / 257 if values.max(initial=0) > 255 else values
-        return np.repeat(np.clip(np.round(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    """uint8 (H, W, 3) of any picture: more than 8 bits are scaled, transparency lies on white."""
+    if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow's own conversion would clip, not scale
+        return np.repeat(_eight_bits(np.asarray(picture))[..., None], 3, axis=2)
     if picture.has_transparency_data:
         above = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
     return np.array(picture.convert("RGB"))
+
+
+def _eight_bits(values: npt.NDArray[Any]) -> UInt8Array:
+    """Grey of any depth, scaled by what its largest value says of the depth: 1.0, 8 bits, 16 bits, or that value."""
+    levels = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    highest = float(levels.max(initial=0))
+    fraction = values.dtype.kind == "f" and highest <= 1
+    white = 1.0 if fraction else next((one for one in (255.0, 65535.0) if highest <= one), highest)
+    return np.clip(np.round(levels / (white / 255)), 0, 255).astype(np.uint8)

@@ -25,6 +25,7 @@ from fewshot_seg.config.similarity import (
     SimilarityTrainConfig,
 )
 from fewshot_seg.config.verbs import (
+    NO_MODEL,
     AttentionName,
     Augmentation,
     DemoConfig,
@@ -39,8 +40,10 @@ from fewshot_seg.config.verbs import (
     PriorName,
     TrainConfig,
 )
+from fewshot_seg.config.weights import WeightsListConfig, WeightsVerifyConfig
 
 __all__ = [
+    "NO_MODEL",
     "AttentionName",
     "Augmentation",
     "CacheSettings",
@@ -71,6 +74,8 @@ __all__ = [
     "SupportName",
     "TrainConfig",
     "VerifyConfig",
+    "WeightsListConfig",
+    "WeightsVerifyConfig",
     "default_cache",
     "resolve",
     "setting",

@@ -92,9 +92,14 @@ class SimilarityTrainConfig(SimilaritySettings):
     learning_rate: float = setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
     weight_decay: float = setting("weight decay of AdamW", 1e-2, minimum=0.0)
     schedule: Literal["one-cycle", "cosine"] = setting("learning-rate schedule", "one-cycle")
-    backbone: str = setting("timm or segmentation-models-pytorch encoder, frozen", "tf_efficientnet_lite0")
-    backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
-    strides: tuple[int, ...] = setting("strides of the features", (16, 32), minimum=2)
+    backbone: str = setting(
+        "timm or segmentation-models-pytorch encoder, frozen; several joined by + run side by side",
+        "tf_efficientnet_lite0",
+    )
+    backbone_weights: str = setting("'embedded', 'random', 'hub' (a download) or a file", "embedded")
+    strides: tuple[int, ...] | None = setting(
+        "strides of the features (default: 16 32; of a vision transformer its patch, once per level)", None, minimum=2
+    )
     seed: int = setting("seed of weights and batches", 0, minimum=0)
     checkpoint_every: int = setting("steps between checkpoints", 100, minimum=1)
     resume: bool = setting("go on with an interrupted run in --out", False)
@@ -116,13 +121,21 @@ class SimilarityModelSettings(SimilaritySettings):
     """A trained similarity network, or the frozen features as they are."""
 
     model: Path | None = setting(
-        "similarity.safetensors or model.safetensors; without it nothing trained is used", None
+        "similarity.safetensors or model.safetensors, or a shipped model by name; without it nothing trained is used",
+        None,
     )
-    backbone: str = setting("without a model: timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
+    backbone: str = setting(
+        "without a model: timm or segmentation-models-pytorch encoder; several joined by + run side by side",
+        "tf_efficientnet_lite0",
+    )
     backbone_weights: str | None = setting(
-        "'embedded', 'random' or a file (default: as the model says, else embedded)", None
+        "'embedded', 'random', 'hub' (a download) or a file (default: as the model says, else embedded)", None
     )
-    strides: tuple[int, ...] = setting("without a model: strides of the features", (16, 32), minimum=2)
+    strides: tuple[int, ...] | None = setting(
+        "without a model: strides of the features (default: 16 32; of a vision transformer its patch, once per level)",
+        None,
+        minimum=2,
+    )
     fold: int | None = setting("episodes: test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
     part: Literal["test", "held-out"] = setting(
         "score the test classes, or the held-out third of training classes", "test"

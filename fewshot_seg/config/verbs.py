@@ -23,6 +23,10 @@ PriorMapName = Literal[
 Augmentation = Literal["mirror", "none", "flip", "standard", "pfenet", "colour", "strong"]
 
 
+NO_MODEL = Path("none")
+"""``--model none``: nothing trained, also where a shipped model would be taken otherwise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings(Config):
     device: str = setting("auto, cpu, cuda or cuda:N", "auto")
@@ -41,7 +45,11 @@ class SpeedSettings(DeviceSettings):
 class ModelSettings(SpeedSettings):
     """A trained model, or a training-free prior map."""
 
-    model: Path | None = setting("model.safetensors of a training; without it nothing trained is used", None)
+    model: Path | None = setting(
+        "model.safetensors of a training, or a shipped model by name (`fewshot-seg weights list`); 'none', or without "
+        "it: nothing trained is used, but `predict` and `export` take the shipped model 'general' by themselves",
+        None,
+    )
     similarity: Path | None = setting(
         "without a model: similarity.safetensors of `similarity train`, which embeds the photos for the prior", None
     )
@@ -49,17 +57,24 @@ class ModelSettings(SpeedSettings):
         "without a model: the similarity map that is cut at a threshold (default: soft margin)", None
     )
     threshold: float | None = setting("logit above which a pixel is foreground, instead of the chosen one", None)
-    backbone: str = setting("without a model: timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
-    backbone_weights: str | None = setting(
-        "'embedded', 'random' or a file (default: as the model says, else embedded)", None
+    backbone: str = setting(
+        "without a model: timm or segmentation-models-pytorch encoder; several joined by + run side by side",
+        "tf_efficientnet_lite0",
     )
-    strides: tuple[int, ...] = setting("without a model: strides of the features", (16, 32), minimum=2)
+    backbone_weights: str | None = setting(
+        "'embedded', 'random', 'hub' (a download) or a file (default: as the model says, else embedded)", None
+    )
+    strides: tuple[int, ...] | None = setting(
+        "without a model: strides of the features (default: 16 32; of a vision transformer its patch, once per level)",
+        None,
+        minimum=2,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is not None and self.prior_map is not None:
+        if self.model not in (None, NO_MODEL) and self.prior_map is not None:
             raise DataError("--model and --prior-map exclude each other: a model brings its own prior; give one")
-        if self.model is not None and self.similarity is not None:
+        if self.model not in (None, NO_MODEL) and self.similarity is not None:
             raise DataError("--model and --similarity exclude each other: a model brings its own network; give one")
 
 
@@ -73,8 +88,10 @@ class DemoConfig(DeviceSettings):
     batch_size: int = setting("episodes per step", 8, minimum=1)
     episodes: int = setting("episodes of the evaluation on novel classes", 200, minimum=1)
     pictures: int = setting("episodes to draw", 6, minimum=1)
-    backbone: str = setting("timm or segmentation-models-pytorch encoder", "tf_efficientnet_lite0")
-    backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
+    backbone: str = setting(
+        "timm or segmentation-models-pytorch encoder; several joined by + run side by side", "tf_efficientnet_lite0"
+    )
+    backbone_weights: str = setting("'embedded', 'random', 'hub' (a download) or a file", "embedded")
     resolution: int = setting("side of the square pictures", 192, minimum=32)
 
 
@@ -105,9 +122,14 @@ class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
         "'mirror' and 'none' use stored features; the others change the photos, and are slower", "mirror"
     )
     support_augment: Augmentation | None = setting("augmentation of supports alone (default: as --augment)", None)
-    backbone: str = setting("timm or segmentation-models-pytorch encoder, frozen", "tf_efficientnet_lite0")
-    backbone_weights: str = setting("'embedded', 'random' or a file", "embedded")
-    strides: tuple[int, ...] = setting("strides of the features", (16, 32), minimum=2)
+    backbone: str = setting(
+        "timm or segmentation-models-pytorch encoder, frozen; several joined by + run side by side",
+        "tf_efficientnet_lite0",
+    )
+    backbone_weights: str = setting("'embedded', 'random', 'hub' (a download) or a file", "embedded")
+    strides: tuple[int, ...] | None = setting(
+        "strides of the features (default: 16 32; of a vision transformer its patch, once per level)", None, minimum=2
+    )
     prior: PriorName = setting("what the decoder reads as prior", "similarity")
     attention: AttentionName = setting("score whose gradient is the attention", "margin")
     appearance: int = setting("channels of query features and prototype shown to the decoder", 0, minimum=0)
@@ -209,18 +231,31 @@ class PredictConfig(ModelSettings):
     support: tuple[str, ...] | None = setting(
         "PHOTO:MASK pairs that show the object (nonzero is object, and 255 is ignored where it comes with other "
         "labels; a plain black and white mask means 255 = object), or less: PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, "
-        "PHOTO:scribble=FILE, or a PHOTO alone that shows the object somewhere",
+        "PHOTO:scribble=FILE, or a PHOTO alone that shows the object somewhere; for several classes NAME= before each",
         None,
     )
-    support_set: Path | None = setting("instead of --support: a file of --save-support, of the same model", None)
+    support_set: tuple[str, ...] | None = setting(
+        "instead of --support: a file of --save-support, of the same model; NAME=FILE for each of several classes, "
+        "which come after those of --support",
+        None,
+    )
     save_support: Path | None = setting(
-        "file (.safetensors) for the encoded supports; then --query may be left out", None
+        "file (.safetensors) for the encoded supports of one class; then --query may be left out", None
     )
     query: tuple[str, ...] | None = setting("photos to segment: files, folders or quoted globs", None)
     out: Path = setting("folder for masks/ and overlays/", Path("runs/predict"))
+    confidence: bool = setting("also write confidence/: grey pictures, 255 where the object is sure", False)
+    coco: bool = setting("also write instances.json: COCO's format with run lengths (RLE)", False)
     size: int | None = setting(
         "side of the square that photos are squashed to (default: the model's)", None, minimum=32
     )
+    tile: int | None = setting(
+        "for small objects in large photos: segment overlapping tiles of N pixels a side, too, each like a photo, and "
+        "take the mean of both",
+        None,
+        minimum=64,
+    )
+    flip: bool = setting("segment the mirrored photo, too, and take the mean: twice the time", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,7 +264,7 @@ class PredictConfig(ModelSettings):
                 "missing --support: PHOTO:MASK pairs that show the object (or less: PHOTO:box=X0,Y0,X1,Y1, "
                 "PHOTO:point=X,Y, PHOTO:scribble=FILE, PHOTO), or --support-set with a file of --save-support"
             )
-        if self.support_set is not None and (self.support is not None or self.save_support is not None):
-            raise DataError("--support-set takes the place of --support and --save-support; leave these out")
+        if self.support_set is not None and self.save_support is not None:
+            raise DataError("--save-support keeps what --support shows; leave --support-set out")
         if self.query is None and self.save_support is None:
             raise DataError("missing --query: photos to segment: files, folders or quoted globs")

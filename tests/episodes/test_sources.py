@@ -20,8 +20,10 @@ from scipy.io import savemat
 from episodes.sources import (
     CocoJsonSource,
     CocoSource,
+    CompositeSource,
     FolderSource,
     FssSource,
+    JointSource,
     LabelmeSource,
     SyntheticSource,
     VocSource,
@@ -195,6 +197,20 @@ def _labelme(root: Path) -> Case:
     return Case(LabelmeSource(root), "a", root / "a.jpg", root / "a.json")
 
 
+def _joint(root: Path) -> Case:
+    voc, coco = _voc(root / "VOC2012"), _coco(root / "coco")
+    (root / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt").write_text("c\nd\n")
+    return Case(JointSource((voc.source, coco.source)), "voc/a", voc.photo, voc.mask)
+
+
+def _composites(root: Path) -> Case:
+    _voc(root)
+    source = CompositeSource(VocSource(root), (("b", 3), ("d", 20)), ("a", "c"), count=4, seed=1)
+    background, _ = source.composition("000000")
+    photo, mask = (root / folder / f"{background}" for folder in ("JPEGImages", "SegmentationClass"))
+    return Case(source, "000000", photo.with_suffix(".jpg"), mask.with_suffix(".png"))
+
+
 def _list(path: Path, lines: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
@@ -210,6 +226,8 @@ BUILDERS: Mapping[str, Callable[[Path], Case]] = {
     "coco": _coco,
     "coco-json": _coco_json,
     "labelme": _labelme,
+    "joint": _joint,
+    "composites": _composites,
 }
 
 WEAK = ("folder-index", "folder-classes", "folder-object", "coco-json", "labelme")
@@ -247,7 +265,7 @@ class TestSourceContract:
 
     def test_folds_are_known_ones_or_none(self, source: MaskSource) -> None:
         assert source.folds in ("pascal", "coco", None)
-        expected = {"voc": "pascal"}
+        expected = {"voc": "pascal", "voc-composites": "pascal"}
         assert source.folds == expected.get(source.name)  # this tiny COCO has not the eighty classes of COCO-20i
 
     def test_default_splits_exist(self, source: MaskSource) -> None:

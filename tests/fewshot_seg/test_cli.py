@@ -34,6 +34,8 @@ from fewshot_seg.config import (
     SimilarityTrainConfig,
     TrainConfig,
     VerifyConfig,
+    WeightsListConfig,
+    WeightsVerifyConfig,
     settings_of,
 )
 
@@ -434,6 +436,8 @@ class TestPredict:
         ("similarity train", SimilarityTrainConfig),
         ("similarity evaluate", SimilarityEvaluateConfig),
         ("similarity explain", SimilarityExplainConfig),
+        ("weights list", WeightsListConfig),
+        ("weights verify", WeightsVerifyConfig),
     ],
 )
 def test_help_names_every_setting(verb: str, config_class: type[Config], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from episodes.annotations import derive_annotation
 from episodes.augment import EpisodeTransform, fitted_size
 from episodes.protocols import Fit
-from episodes.sources import SyntheticSource, VocSource
+from episodes.sources import JointSource, SyntheticSource, VocSource
 from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, SupportKind, UInt8Array
 from fewshot_seg import features
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.features import FeatureStore, MaskStore
+from fewshot_seg.features import FeatureStore, MaskStore, content_name
 
 SIZE = 48
 SHAPES = [(4, 12, 12), (6, 6, 6)]
@@ -523,3 +523,10 @@ class TestMaskStore:
     def test_ids_and_classes_that_do_not_pair(self) -> None:
         with pytest.raises(ValueError, match="shorter"):
             MaskStore(SOURCE, size=SIZE).get(IDS[:2], [1])
+
+
+def test_joint_source_shares_the_features_of_its_members(shared_voc: Path) -> None:
+    voc, drawn = VocSource(shared_voc), SyntheticSource()
+    joint = JointSource((voc, drawn))
+    assert content_name(joint, "voc/val_01_0") == content_name(voc, "val_01_0")
+    assert content_name(joint, "synthetic/train-001-0000") == content_name(drawn, "train-001-0000")

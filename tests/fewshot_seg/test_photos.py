@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
 from episodes.types import DataError, UInt8Array
-from fewshot_seg.photos import find_queries, output_names, read_object_mask, read_photo, read_support
+from fewshot_seg import photos
+from fewshot_seg.photos import find_queries, open_photo, output_names, read_object_mask, read_photo
 
 COLOUR = (200, 40, 90)
 
@@ -66,6 +67,66 @@ class TestReadPhoto:
         assert photo.shape == (20, 12, 3)
         assert np.array_equal(photo, np.rot90(values, -1))
 
+    def test_floats_are_scaled_and_what_is_no_number_is_black(self, tmp_path: Path) -> None:
+        values = np.array([[0.0, 0.25, 1.0, np.nan]], np.float32)
+        for factor in (1, 255, 65535, 10**6):
+            Image.fromarray(values * np.float32(factor)).save(tmp_path / "a.tif")
+            assert read_photo(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 64, 255, 0]
+
+    @pytest.mark.parametrize("order", ["<u2", ">u2"])
+    def test_sixteen_bits_of_either_byte_order(self, tmp_path: Path, order: str) -> None:
+        values = np.array([[0, 257 * 77, 65535]], order)
+        Image.frombuffer("I;16B" if order[0] == ">" else "I;16", (3, 1), values.tobytes()).save(tmp_path / "a.tif")
+        assert read_photo(tmp_path / "a.tif")[0, :, 2].tolist() == [0, 77, 255]
+
+    def test_thirty_two_bits(self, tmp_path: Path) -> None:
+        Image.fromarray(np.array([[0, 10**6, 2 * 10**6]], np.int32)).save(tmp_path / "a.tif")
+        assert read_photo(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 128, 255]
+
+    def test_cmyk_jpeg_is_stored_inverted(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.jpg", flat(16, 16), "CMYK")
+        assert b"Adobe" in path.read_bytes()
+        with Image.open(path) as picture:
+            assert picture.mode == "CMYK"
+        assert np.abs(read_photo(path).astype(int) - COLOUR).max() <= 6
+
+    def test_palette_with_transparency(self, tmp_path: Path) -> None:
+        picture = Image.fromarray(np.array([[0, 1, 1]], np.uint8))
+        picture.putpalette([0, 0, 0, *COLOUR])
+        picture.save(tmp_path / "a.png", transparency=0)
+        assert read_photo(tmp_path / "a.png").tolist() == [[[255, 255, 255], list(COLOUR), list(COLOUR)]]
+
+    def test_half_transparent_is_mixed_with_white(self, tmp_path: Path) -> None:
+        Image.new("RGBA", (2, 2), (0, 100, 200, 51)).save(tmp_path / "a.png")
+        assert read_photo(tmp_path / "a.png")[0, 0].tolist() == [204, 224, 244]
+
+    @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+    def test_first_picture_of_an_animation(self, tmp_path: Path, name: str) -> None:
+        frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue")]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert np.array_equal(read_photo(tmp_path / name), np.full((7, 9, 3), (255, 0, 0)))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_every_exif_orientation_of_a_jpeg(self, tmp_path: Path, orientation: int) -> None:
+        upright = np.full((24, 40, 3), 20, np.uint8)
+        upright[:12, :20] = 230  # bright in the top left quarter
+        stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: np.rot90(upright),
+            7: upright[::-1, ::-1].transpose(1, 0, 2),
+            8: np.rot90(upright, -1),
+        }[orientation]
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", exif=exif, quality=100)
+        photo = open_photo(tmp_path / "a.jpg")
+        assert photo.shape == (24, 40)
+        assert np.abs(photo.pixels.astype(int) - upright).max() <= 8
+
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"a.jpg: no such file; expected a photo"):
             read_photo(tmp_path / "a.jpg")
@@ -74,6 +135,78 @@ class TestReadPhoto:
         (tmp_path / "a.jpg").write_bytes(b"no photo")
         with pytest.raises(DataError, match=r"a.jpg: photo cannot be decoded"):
             read_photo(tmp_path / "a.jpg")
+
+
+class TestLargePhotos:
+    @pytest.fixture
+    def _small_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(photos, "MOST_PIXELS", 10_000_000)
+        monkeypatch.setattr(photos, "WORKING_PIXELS", 40_000)
+        monkeypatch.setattr(photos, "_WORKING_SIDE", 1000)
+
+    def shaded(self, height: int, width: int) -> UInt8Array:
+        rows, columns = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
+        return np.stack(np.broadcast_arrays(rows, columns, 128.0), axis=2).astype(np.uint8)
+
+    @pytest.mark.usefixtures("_small_limits")
+    @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+    @pytest.mark.parametrize(("height", "width"), [(800, 1200), (210, 300), (2900, 50)])
+    def test_reduced_to_the_limit_and_its_own_size_known(
+        self, tmp_path: Path, name: str, height: int, width: int
+    ) -> None:
+        whole = self.shaded(height, width)
+        photo = open_photo(save(tmp_path / name, whole))
+        assert photo.shape == (height, width)
+        assert photo.reduced
+        factor = min((40_000 / (height * width)) ** 0.5, 1000 / height)
+        assert photo.scale == pytest.approx(factor, abs=0.01)
+        assert photo.pixels.shape == (round(height * factor), round(width * factor), 3)
+        expected = self.shaded(*photo.pixels.shape[:2])
+        assert np.abs(photo.pixels.astype(int) - expected)[2:-2, 2:-2].max() <= 12
+        assert read_photo(tmp_path / name).shape == (height, width, 3)
+
+    @pytest.mark.usefixtures("_small_limits")
+    def test_turned_by_exif(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(self.shaded(400, 1600)).save(tmp_path / "a.jpg", exif=exif)
+        photo = open_photo(tmp_path / "a.jpg")
+        assert photo.shape == (1600, 400)
+        assert photo.pixels.shape == (400, 100, 3)
+
+    def test_a_large_jpeg_is_never_decoded_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(photos, "WORKING_PIXELS", 40_000)
+        decoded: list[tuple[int, int]] = []
+
+        def rgb(picture: Image.Image) -> UInt8Array:
+            decoded.append(picture.size)
+            return np.array(picture)
+
+        monkeypatch.setattr(photos, "rgb", rgb)
+        assert open_photo(save(tmp_path / "a.jpg", self.shaded(1600, 1600))).pixels.shape == (200, 200, 3)
+        assert decoded == [(200, 200)]
+
+    def test_photos_of_the_usual_size_are_not_touched(self, tmp_path: Path) -> None:
+        photo = open_photo(save(tmp_path / "a.png", self.shaded(300, 400)))
+        assert not photo.reduced
+        assert photo.scale == 1
+        assert np.array_equal(photo.pixels, self.shaded(300, 400))
+
+    @pytest.mark.usefixtures("_small_limits")
+    def test_refused_from_its_head_alone(self, tmp_path: Path) -> None:
+        Image.new("1", (5000, 2001)).save(tmp_path / "a.png")
+        for read in (open_photo, read_photo, read_object_mask):
+            with pytest.raises(DataError, match=r"a.png: .* has 5000x2001 pixels, and at most 10 megapixels are read"):
+                read(tmp_path / "a.png")
+
+    @pytest.mark.filterwarnings("error")
+    def test_beyond_pillows_limit_which_stays_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        monkeypatch.setattr(photos, "WORKING_PIXELS", 1000)
+        for name in ("a.png", "a.gif", "a.tif", "a.webp"):  # Pillow warns above 1000 and refuses above 2000
+            for height, width in ((30, 60), (60, 80)):
+                assert open_photo(save(tmp_path / name, self.shaded(height, width))).shape == (height, width)
+        assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 class TestReadObjectMask:
@@ -110,143 +243,6 @@ class TestReadObjectMask:
     def test_colour(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"m.png: mask is coloured \(mode RGB\), expected black and white"):
             self.read(tmp_path, flat())
-
-
-class TestReadSupport:
-    def pair(self, tmp_path: Path, mask: UInt8Array, name: str = "dog.png") -> str:
-        photo = save(tmp_path / name, flat())
-        return f"{photo}:{save(tmp_path / 'mask.png', mask)}"
-
-    def test_pair(self, tmp_path: Path) -> None:
-        mask = np.zeros((12, 20), np.uint8)
-        mask[3:6, 4:9] = 255
-        support = read_support(self.pair(tmp_path, mask))
-        assert np.array_equal(support.photo, flat())
-        assert np.array_equal(support.marks, mask // 255)
-        assert support.kind == "mask"
-
-    def test_colons_in_names(self, tmp_path: Path) -> None:
-        support = read_support(self.pair(tmp_path, np.ones((12, 20), np.uint8), "12:30:59.png"))
-        assert support.photo.shape == (12, 20, 3)
-        photo = tmp_path / "12:30:59.png"
-        assert read_support(str(photo)).kind == "label"
-        assert read_support(f"{photo}:box=1,2,3,4").kind == "box"
-
-    @pytest.mark.parametrize("pair", ["dog.jpg", "dog.jpg:", ":mask.png"])
-    def test_no_pair(self, pair: str) -> None:
-        with pytest.raises(DataError, match=r"expected PHOTO:MASK, for example dog.jpg:dog_mask.png"):
-            read_support(pair)
-
-    def test_sizes_differ(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"mask.png: mask is 20x13, photo dog.png is 20x12 pixels"):
-            read_support(self.pair(tmp_path, np.ones((13, 20), np.uint8)))
-
-    def test_empty_mask(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"mask.png: mask shows no object"):
-            read_support(self.pair(tmp_path, np.zeros((12, 20), np.uint8)))
-
-    def test_missing_mask(self, tmp_path: Path) -> None:
-        photo = save(tmp_path / "dog.png", flat())
-        with pytest.raises(DataError, match=r"none.png: no such file; expected a mask"):
-            read_support(f"{photo}:{tmp_path / 'none.png'}")
-
-    def test_photo_alone_says_nothing_about_any_pixel(self, tmp_path: Path) -> None:
-        support = read_support(str(save(tmp_path / "dog.png", flat())))
-        assert support.kind == "label"
-        assert np.array_equal(support.marks, np.full((12, 20), 255, np.uint8))
-
-    @pytest.mark.parametrize("text", ["2,3,9,7", "2.4,2.6,9.2,7.0", " 2, 3, 9, 7"])
-    def test_box_is_background_outside_and_unknown_inside(self, tmp_path: Path, text: str) -> None:
-        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:box={text}")
-        expected = np.zeros((12, 20), np.uint8)
-        expected[3:7, 2:9] = 255  # columns 2..8, rows 3..6
-        assert support.kind == "box"
-        assert np.array_equal(support.marks, expected)
-
-    def test_several_boxes(self, tmp_path: Path) -> None:
-        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:box=0,0,3,3+18,10,20,12")
-        expected = np.zeros((12, 20), np.uint8)
-        expected[:3, :3] = expected[10:, 18:] = 255
-        assert np.array_equal(support.marks, expected)
-
-    def test_more_marks_than_a_file_name_may_have_letters(self, tmp_path: Path) -> None:
-        photo = save(tmp_path / "dog.png", flat(60, 80))
-        boxes = [(2 * k, k, 2 * k + 3, k + 4) for k in range(30)]
-        joined = "+".join(",".join(map(str, box)) for box in boxes)
-        assert len(joined) > 255
-        expected = np.zeros((60, 80), np.uint8)
-        for left, top, right, bottom in boxes:
-            expected[top:bottom, left:right] = 255
-        assert np.array_equal(read_support(f"{photo}:box={joined}").marks, expected)
-        for mistake in (f"{photo}:boxes={joined}", f"{photo}:scribble={joined}", f"{'dog' * 100}:mask.png"):
-            with pytest.raises(DataError, match=r"no such file; expected a (mask|photo)$"):
-                read_support(mistake)
-
-    def test_points_are_discs_of_two_pixels_in_small_photos(self, tmp_path: Path) -> None:
-        support = read_support(f"{save(tmp_path / 'dog.png', flat())}:point=5,6+19,0")
-        expected = np.full((12, 20), 255, np.uint8)
-        for y in range(12):
-            for x in range(20):
-                if (x - 5) ** 2 + (y - 6) ** 2 <= 4 or (x - 19) ** 2 + y**2 <= 4:
-                    expected[y, x] = 1
-        assert support.kind == "point"
-        assert np.array_equal(support.marks, expected)
-
-    def test_points_grow_with_the_photo(self, tmp_path: Path) -> None:
-        support = read_support(f"{save(tmp_path / 'dog.png', flat(500, 800))}:point=400,250")
-        assert (support.marks[250] == 1).sum() == 11  # a radius of 1% of the short side: 5 pixels
-
-    def test_scribble_knows_its_strokes_alone(self, tmp_path: Path) -> None:
-        strokes = np.zeros((12, 20), np.uint8)
-        strokes[4, 2:15] = 255
-        photo = save(tmp_path / "dog.png", flat())
-        support = read_support(f"{photo}:scribble={save(tmp_path / 'stroke.png', strokes)}")
-        assert support.kind == "scribble"
-        assert np.array_equal(support.marks, np.where(strokes > 0, 1, 255))
-
-    def test_coordinates_are_of_the_upright_photo(self, tmp_path: Path) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by a quarter: 12 wide and 20 high as people see it
-        Image.fromarray(flat()).save(tmp_path / "dog.png", exif=exif)
-        assert read_support(f"{tmp_path / 'dog.png'}:point=3,19").marks.shape == (20, 12)
-        with pytest.raises(DataError, match=r"19,3 lies outside the photo, which is 12x20 pixels \(upright\)"):
-            read_support(f"{tmp_path / 'dog.png'}:point=19,3")
-
-    @pytest.mark.parametrize(
-        ("marks", "message"),
-        [
-            ("box=1,2,3", r"expected box=X0,Y0,X1,Y1 in pixels, got '1,2,3'"),
-            ("box=1,2,3,4+5", r"expected box=X0,Y0,X1,Y1 in pixels, got '5'"),
-            ("box=5,2,5,4", r"box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1"),
-            ("box=1,5,3,4", r"box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1"),
-            ("box=1,2,21,4", r"1,2,21,4 lies outside the photo, which is 20x12 pixels"),
-            ("box=-1,2,3,4", r"lies outside the photo"),
-            ("point=20,3", r"20,3 lies outside the photo, which is 20x12 pixels"),
-            ("point=1,12", r"lies outside the photo"),
-            ("point=a,b", r"expected point=X,Y in pixels, got 'a,b'"),
-            ("point=nan,1", r"expected point=X,Y in pixels"),
-            ("point=1e999,1", r"expected point=X,Y in pixels"),
-            ("point=1,2,3", r"expected point=X,Y in pixels"),
-            ("point=1,2+", r"expected point=X,Y in pixels, got ''"),
-            ("scribble=none.png", r"none.png: no such file; expected a mask"),
-        ],
-    )
-    def test_bad_marks(self, tmp_path: Path, marks: str, message: str) -> None:
-        photo = save(tmp_path / "dog.png", flat())
-        with pytest.raises(DataError, match=message) as raised:
-            read_support(f"{photo}:{marks}")
-        assert "\n" not in str(raised.value)
-
-    def test_bad_scribbles(self, tmp_path: Path) -> None:
-        photo = save(tmp_path / "dog.png", flat())
-        for name, size, message in (("s.png", (13, 20), "mask is 20x13"), ("e.png", (12, 20), "shows no object")):
-            strokes = save(tmp_path / name, np.zeros(size, np.uint8))
-            with pytest.raises(DataError, match=message):
-                read_support(f"{photo}:scribble={strokes}")
-
-    def test_marks_of_no_photo(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"none.jpg: no such file; expected a photo"):
-            read_support(f"{tmp_path / 'none.jpg'}:point=1,1")
 
 
 class TestFindQueries:

@@ -11,11 +11,15 @@ from PIL import Image
 
 from fewshot_seg.pictures import (
     OBJECT,
+    TRUTH,
     Panel,
+    class_colour,
     colour_map,
+    overlay_classes,
     overlay_map,
     overlay_mask,
     panel_sheet,
+    write_grey,
     write_mask,
     write_picture,
 )
@@ -67,6 +71,71 @@ class TestOverlayMask:
         assert np.array_equal(overlay_mask(self.image, np.zeros((60, 60), np.uint8)), self.image)
         overlay_mask(self.image, np.ones((60, 60), np.uint8))
         assert np.array_equal(self.image, before)
+
+
+class TestClasses:
+    def test_colours_are_all_different_and_later_ones_those_of_voc(self) -> None:
+        colours = [class_colour(number) for number in range(1, 256)]
+        assert len(set(colours)) == 255
+        assert (0, 0, 0) not in colours
+        assert colours[:2] == [OBJECT, TRUTH]
+        for number in range(8, 256):  # the loop of VOC's development kit, VOClabelcolormap.m
+            red = green = blue = 0
+            left = number
+            for bit in range(8):
+                red |= (left & 1) << (7 - bit)
+                green |= (left >> 1 & 1) << (7 - bit)
+                blue |= (left >> 2 & 1) << (7 - bit)
+                left >>= 3
+            assert class_colour(number) == (red, green, blue)
+
+    def test_one_class_is_the_plain_overlay(self) -> None:
+        random = np.random.default_rng(0)
+        image, mask = random.integers(0, 256, (50, 70, 3)).astype(np.uint8), random.integers(0, 2, (50, 70))
+        labels = mask.astype(np.uint8)
+        assert np.array_equal(overlay_classes(image, labels, ["object"]), overlay_mask(image, labels))
+
+    def test_each_class_has_its_colour_and_those_shown_are_named(self) -> None:
+        image, labels = np.full((400, 600, 3), 100, np.uint8), np.zeros((400, 600), np.uint8)
+        labels[200:300, 100:200], labels[200:300, 300:400] = 1, 3
+        painted = overlay_classes(image, labels, ["cat", "dog", "cow"], alpha=0.5)
+        for number, column in ((1, 150), (3, 350)):
+            expected = (np.array(class_colour(number)) + 100) / 2
+            assert np.abs(painted[250, column] - expected).max() <= 0.5
+            assert painted[199, column].tolist() == list(class_colour(number))
+        assert painted[350, 550].tolist() == [100, 100, 100]
+        legend = painted[:80, :200].reshape(-1, 3).tolist()
+        assert list(class_colour(1)) in legend
+        assert list(class_colour(3)) in legend
+        assert list(class_colour(2)) not in legend
+        assert (painted[2, 2] == 245).all()
+        assert (image == 100).all()
+
+    def test_nothing_found_is_the_photo_without_legend(self) -> None:
+        image = np.full((40, 60, 3), 100, np.uint8)
+        assert np.array_equal(overlay_classes(image, np.zeros((40, 60), np.uint8), ["cat", "dog"]), image)
+
+    @pytest.mark.parametrize("classes", [1, 3, 20, 254])
+    def test_files(self, tmp_path: Path, classes: int) -> None:
+        labels = (np.arange(600).reshape(20, 30) % (classes + 1)).astype(np.uint8)
+        write_mask(tmp_path / "m.png", labels, classes)
+        with Image.open(tmp_path / "m.png") as stored:
+            assert stored.mode == "P"
+            assert np.array_equal(np.asarray(stored), labels)
+            assert stored.convert("RGB").getpixel((classes % 30, classes // 30)) == class_colour(classes)
+
+    def test_grey_file(self, tmp_path: Path) -> None:
+        values = np.arange(256, dtype=np.uint8).reshape(8, 32)
+        write_grey(tmp_path / "a" / "g.png", values)
+        with Image.open(tmp_path / "a" / "g.png") as stored:
+            assert stored.mode == "L"
+            assert np.array_equal(np.asarray(stored), values)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3)])
+def test_legends_of_tiny_photos(size: tuple[int, int]) -> None:
+    labels = np.ones(size, np.uint8)
+    assert overlay_classes(np.zeros((*size, 3), np.uint8), labels, ["a" * 50, "b"]).shape == (*size, 3)
 
 
 def test_overlay_map_blends_grey_and_viridis() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import threading
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +14,13 @@ from torch import Tensor
 from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import IGNORE, OUTSIDE, DataError, UInt8Array
-from fewshot_seg import prediction
+from fewshot_seg import photos
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.completion import SupportCompletion
+from fewshot_seg.n_way import n_way_masks
 from fewshot_seg.photos import read_photo
-from fewshot_seg.pictures import write_mask
-from fewshot_seg.pipeline import most_in_flight
-from fewshot_seg.prediction import Predictor, predict_folder
-from fewshot_seg.segmenter import training_free
+from fewshot_seg.prediction import Predictor
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 
 SIZE = 64
 
@@ -168,116 +164,207 @@ class TestPaddedPhotos:
         assert predictor.predict(photo(2)[0]).mask.shape == (50, 80)
 
 
-class TestPredictFolder:
-    def test_writes_masks_and_overlays_and_goes_on_after_broken_files(
-        self, predictor: Predictor, tmp_path: Path
-    ) -> None:
-        query = photo(7, 55, 66)[0]
-        Image.fromarray(query).save(tmp_path / "a.png")
-        Image.fromarray(query[:30]).save(tmp_path / "a.bmp")
-        (tmp_path / "b.jpg").write_bytes(b"broken")
-        queries = [tmp_path / "b.jpg", tmp_path / "a.png", tmp_path / "a.bmp"]
-        result = predict_folder(predictor, queries, tmp_path / "out")
-        assert len(result.failures) == 1
-        assert "b.jpg: photo cannot be decoded" in result.failures[0]
-        assert [one.mask.name for one in result.written] == ["a_png.png", "a_bmp.png"]
-        expected = predictor.predict(query)
-        with Image.open(tmp_path / "out" / "masks" / "a_png.png") as stored:
-            assert np.array_equal(np.asarray(stored), expected.mask)
-        with Image.open(tmp_path / "out" / "overlays" / "a_bmp.jpg") as overlay:
-            assert overlay.size == (66, 30)
-        first = result.written[0]
-        assert first.share == pytest.approx(float(expected.mask.mean()))
-        assert first.confidence == pytest.approx(float(expected.confidence[expected.mask == 1].mean()))
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["masks", "overlays"]
+def green(seed: int, height: int = 50, width: int = 80) -> tuple[UInt8Array, UInt8Array]:
+    """A green disc on grey noise, and its mask."""
+    random = np.random.default_rng(seed)
+    image = random.integers(90, 130, (height, width, 3)).astype(np.uint8)
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None]
+    mask = ((rows - height // 2) ** 2 + (columns - width // 3) ** 2 < (height // 3) ** 2).astype(np.uint8)
+    image[mask == 1] = (30, 200, 60)
+    return image, mask
+
+
+def both(seed: int) -> UInt8Array:
+    """A photo of 60 x 140 with the red square to the left and the green disc to the right."""
+    return np.concatenate([photo(seed, 60, 70)[0], green(seed + 1, 60, 70)[0]], axis=1)
+
+
+def remember_both(predictor: Predictor) -> Predictor:
+    for name, (image, mask) in (("red", photo(0)), ("green", green(1))):
+        predictor.remember([image], [mask], name=name)
+    return predictor
+
+
+@pytest.fixture
+def decoded(tiny_backbone: Backbone) -> FewShotSegmenter:
+    """With a decoder, untrained, whose logits go either way."""
+    segmenter = build_segmenter(tiny_backbone, decoder_width=8, decoder_blocks=1, seed=3).eval()
+    alone = Predictor(segmenter, SIZE)
+    alone.remember(*([one] for one in photo(0)))
+    segmenter.threshold = float(alone.coarse_margins(alone.squares(both(3))).median())
+    return segmenter
+
+
+class TestSeveralClasses:
+    @pytest.mark.parametrize("fit", ["squash", "pad"])
+    def test_masks_are_those_of_the_n_way_evaluation(self, decoded: FewShotSegmenter, fit: Fit) -> None:
+        predictor, query = remember_both(Predictor(decoded, SIZE, fit)), both(7)
+        alone = []
+        for image, mask in (photo(0), green(1)):
+            one = Predictor(decoded, SIZE, fit)
+            one.remember([image], [mask])
+            alone.append(one.predict(query))
+        margins = torch.stack([torch.from_numpy(one.confidence).double().logit() for one in alone])[None]
+        expected = n_way_masks(margins, margins, torch.tensor([[1, 2]]))[0].numpy()
+        result = predictor.predict(query)
+        assert predictor.classes == ("red", "green")
+        apart = np.abs(alone[0].confidence - alone[1].confidence) > 1e-6
+        assert np.array_equal(result.mask[apart], expected[apart])
+        assert apart.mean() > 0.95
+        assert len(np.unique(result.mask)) > 1
+        assert np.array_equal(result.confidence, np.maximum(alone[0].confidence, alone[1].confidence))
+        assert np.array_equal(result.attention, np.maximum(alone[0].attention, alone[1].attention))
+
+    def test_the_backbone_runs_once_for_a_photo(self, tiny_backbone: Backbone) -> None:
+        predictor, calls = remember_both(Predictor(training_free(tiny_backbone), SIZE)), list[int]()
+        hook = tiny_backbone.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+        try:
+            predictor.coarse_margins(predictor.squares(both(1)))
+            predictor.predict(both(1))
+        finally:
+            hook.remove()
+        assert calls == [1, 1]
+
+    def test_remembering_a_class_again_keeps_its_number(self, tiny_backbone: Backbone) -> None:
+        predictor = remember_both(Predictor(training_free(tiny_backbone), SIZE))
+        predictor.remember(*([one] for one in photo(9)), name="red")
+        assert predictor.classes == ("red", "green")
+
+    def test_each_from_its_file(self, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        expected = remember_both(Predictor(training_free(tiny_backbone), SIZE))
+        with pytest.raises(DataError, match=r"holds one class, and these are remembered: red, green; save each by"):
+            expected.save_support(tmp_path / "both.safetensors")
+        loaded = Predictor(training_free(tiny_backbone), SIZE)
+        for name, (image, mask) in (("red", photo(0)), ("green", green(1))):
+            alone = Predictor(training_free(tiny_backbone), SIZE)
+            alone.remember([image], [mask], name=name)
+            alone.save_support(tmp_path / f"{name}.safetensors")
+            loaded.load_support(tmp_path / f"{name}.safetensors", name=name)
+        found = [one.predict(both(4)) for one in (expected, loaded)]
+        assert np.array_equal(found[0].mask, found[1].mask)
+        assert np.array_equal(found[0].confidence, found[1].confidence)
+
+    def test_more_classes_than_a_mask_has_room_for(self, tiny_backbone: Backbone) -> None:
+        predictor, (image, mask) = Predictor(training_free(tiny_backbone), 32), photo(0)
+        for number in range(254):
+            predictor.remember([image], [mask], name=str(number))
+        with pytest.raises(DataError, match="a mask has room for 254 classes; leave 'one more' out"):
+            predictor.remember([image], [mask], name="one more")
+
+
+class TestViews:
+    def margin(self, predictor: Predictor, image: UInt8Array) -> UInt8Array:
+        confidence = predictor.predict(image).confidence.astype(np.float64)
+        return np.asarray(np.log(confidence / (1 - confidence)))
 
     @pytest.mark.parametrize("fit", ["squash", "pad"])
-    @pytest.mark.parametrize("batch_size", [None, 3])
-    def test_many_photos_in_order_as_one_at_a_time(
-        self, tiny_backbone: Backbone, tmp_path: Path, fit: Fit, batch_size: int | None
-    ) -> None:
-        predictor = Predictor(training_free(tiny_backbone, threshold=0.3), SIZE, fit)
-        predictor.remember(*zip(photo(0), photo(1), strict=True))
-        queries = []
-        for number in range(20, 9, -1):
-            queries.append(tmp_path / f"{number}.png")
-            if number != 15:
-                Image.fromarray(photo(number, 40 + number, 90 - number)[0]).save(queries[-1])
-        result = predict_folder(predictor, queries, tmp_path / "out", batch_size=batch_size)
-        assert [one.query for one in result.written] == [query for query in queries if query.stem != "15"]
-        assert len(result.failures) == 1
-        assert "15.png: no such file" in result.failures[0]
-        for one in result.written:
-            expected = predictor.predict(read_photo(one.query))
-            with Image.open(one.mask) as stored:
-                differ = np.asarray(stored) != expected.mask
-            assert np.abs(expected.confidence[differ] - 0.5).max(initial=0) < 1e-5  # only what is on the threshold
-            assert one.confidence == pytest.approx(float(expected.confidence[expected.mask == 1].mean()), rel=1e-4)
+    def test_flip_is_the_mean_of_both(self, decoded: FewShotSegmenter, fit: Fit) -> None:
+        plain, flipped = Predictor(decoded, SIZE, fit), Predictor(decoded, SIZE, fit, flip=True)
+        for one in (plain, flipped):
+            one.remember(*([each] for each in photo(0)))
+        query = both(5)
+        mirrored = self.margin(plain, np.ascontiguousarray(query[:, ::-1]))[:, ::-1]
+        assert np.abs(mirrored - self.margin(plain, query)).max() > 1e-3
+        np.testing.assert_allclose(
+            self.margin(flipped, query), (self.margin(plain, query) + mirrored) / 2, rtol=0, atol=1e-4
+        )
+        np.testing.assert_allclose(
+            self.margin(flipped, np.ascontiguousarray(query[:, ::-1]))[:, ::-1],
+            self.margin(flipped, query),
+            rtol=0,
+            atol=1e-4,
+        )
+        assert np.array_equal(flipped.predict(query).attention, plain.predict(query).attention)
 
-    def test_never_more_photos_in_memory_than_stated(
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_tiles_are_segmented_like_photos_and_averaged_with_the_whole(
+        self, decoded: FewShotSegmenter, flip: bool
+    ) -> None:
+        plain, tiled = Predictor(decoded, SIZE, flip=flip), Predictor(decoded, SIZE, tile=60, flip=flip)
+        for one in (plain, tiled):
+            one.remember(*([each] for each in photo(0)))
+        query, lefts = both(6), (0, 40, 80)  # 60 x 140
+        total, weights = np.zeros((60, 140)), np.zeros((60, 140))
+        for left in lefts:
+            margin = self.margin(plain, np.ascontiguousarray(query[:, left : left + 60]))
+            for y in range(60):
+                for x in range(60):
+                    weight = min(y + 1, 60 - y) * min(x + 1, 60 - x)
+                    total[y, left + x] += weight * margin[y, x]
+                    weights[y, left + x] += weight
+        expected = (self.margin(plain, query) + total / weights) / 2
+        np.testing.assert_allclose(self.margin(tiled, query), expected, rtol=0, atol=1e-4)
+
+    def test_photos_no_larger_than_a_tile_stay_whole(self, decoded: FewShotSegmenter) -> None:
+        plain, tiled = Predictor(decoded, SIZE), Predictor(decoded, SIZE, tile=140)
+        for one in (plain, tiled):
+            one.remember(*([each] for each in photo(0)))
+        assert np.array_equal(plain.predict(both(6)).confidence, tiled.predict(both(6)).confidence)
+
+    def test_no_tile(self, decoded: FewShotSegmenter) -> None:
+        with pytest.raises(DataError, match="side of a tile must be at least 1 pixel, got 0"):
+            Predictor(decoded, SIZE, tile=0)
+
+    @pytest.mark.parametrize("image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)])
+    def test_no_photo(self, predictor: Predictor, image: UInt8Array) -> None:
+        with pytest.raises(DataError, match=r"expected a uint8 image \(H, W, 3\), got"):
+            predictor.predict(image)
+
+
+class TestFiles:
+    def write(self, folder: Path) -> tuple[str, Path]:
+        image, mask = photo(0)
+        for name, values in (("shown.png", image), ("mask.png", 255 * mask), ("query.png", photo(4, 200, 300)[0])):
+            Image.fromarray(values).save(folder / name)
+        return f"{folder / 'shown.png'}:{folder / 'mask.png'}", folder / "query.png"
+
+    def test_three_lines(self, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        support, query = self.write(tmp_path)
+        predictor = Predictor(training_free(tiny_backbone, threshold=0.3), SIZE)
+        predictor.remember_files(support)
+        result = predictor.predict_file(str(query))
+        expected = Predictor(training_free(tiny_backbone, threshold=0.3), SIZE)
+        expected.remember(*([one] for one in photo(0)))
+        assert np.array_equal(result.confidence, expected.predict(read_photo(query)).confidence)
+        assert predictor.classes == ("object",)
+
+    def test_weak_supports_by_class(self, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        support, _ = self.write(tmp_path)
+        shown = support.split(":")[0]
+        predictor, expected = (Predictor(training_free(tiny_backbone), SIZE) for _ in range(2))
+        predictor.remember_files(f"a={shown}:box=20,10,60,40", f"b={shown}")
+        expected.remember([photo(0)[0]], [box_of(photo(0)[1])], [False], name="a")
+        expected.remember([photo(0)[0]], [np.full((50, 80), IGNORE, np.uint8)], [False], name="b")
+        assert predictor.classes == ("a", "b")
+        found = (one.predict(both(4)).confidence for one in (predictor, expected))
+        assert np.array_equal(*found)
+        with pytest.raises(DataError, match="expected one or more supports"):
+            predictor.remember_files()
+
+    def test_a_reduced_photo_has_masks_of_its_own_size(
         self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lock, alive, most = threading.Lock(), 0, 0
+        _, query = self.write(tmp_path)
+        whole = predictor.predict_file(query)
+        monkeypatch.setattr(photos, "WORKING_PIXELS", 15_000)
+        reduced = predictor.predict_file(query)
+        for one in (reduced.mask, reduced.confidence, reduced.attention):
+            assert one.shape == (200, 300)
+        assert np.abs(reduced.confidence - whole.confidence).mean() < 0.02
+        assert np.abs(whole.confidence[reduced.mask != whole.mask] - 0.5).max(initial=0) < 0.1
+        assert reduced.mask.dtype == np.uint8
 
-        def dropped() -> None:
-            nonlocal alive
-            with lock:
-                alive -= 1
-
-        def read(path: Path) -> UInt8Array:
-            nonlocal alive, most
-            pixels = photo(int(path.stem))[0]
-            weakref.finalize(pixels, dropped)
-            with lock:
-                alive += 1
-                most = max(most, alive)
-            return pixels
-
-        monkeypatch.setattr(prediction, "read_photo", read)
-        queries = [tmp_path / f"{number}.jpg" for number in range(60)]
-        lanes = prediction.lane_count(predictor.device)
-        assert len(predict_folder(predictor, queries, tmp_path / "out").written) == 60
-        assert 1 <= most <= most_in_flight(1, lanes) < 60
-
-    def test_a_full_disk_is_one_clear_line(
-        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_tiles_are_of_the_photos_own_pixels(
+        self, decoded: FewShotSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(*_: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        Image.fromarray(photo(1)[0]).save(tmp_path / "a.png")
-        monkeypatch.setattr(prediction, "write_picture", full)
-        with pytest.raises(DataError, match=r"cannot write the prediction of .*a\.png to .*out: No space.*make room"):
-            predict_folder(predictor, [tmp_path / "a.png"], tmp_path / "out")
-
-    def test_interrupted_leaves_whole_files_only(
-        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for number in range(12):
-            Image.fromarray(photo(number)[0]).save(tmp_path / f"{number:02d}.png")
-        wrote: list[Path] = []
-
-        def interrupted(path: Path, mask: UInt8Array) -> None:
-            wrote.append(path)
-            if len(wrote) == 4:
-                raise KeyboardInterrupt
-            write_mask(path, mask)
-
-        monkeypatch.setattr(prediction, "write_mask", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            predict_folder(predictor, sorted(tmp_path.glob("*.png")), tmp_path / "out")
-        left = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
-        assert not [path for path in left if path.name.startswith(".")]
-        for path in left:
-            with Image.open(path) as picture:
-                picture.load()
-
-    def test_no_queries_and_nothing_remembered(
-        self, predictor: Predictor, tiny_backbone: Backbone, tmp_path: Path
-    ) -> None:
-        assert predict_folder(predictor, [], tmp_path / "out").written == ()
-        with pytest.raises(DataError, match="no support to go by"):
-            predict_folder(Predictor(training_free(tiny_backbone), SIZE), [], tmp_path / "out")
+        monkeypatch.setattr(photos, "WORKING_PIXELS", 15_000)  # 100 x 150
+        _, query = self.write(tmp_path)
+        tiled = Predictor(decoded, SIZE, tile=100)
+        tiled.remember(*([each] for each in photo(0)))
+        opened = photos.open_photo(query)
+        coarse = tiled.with_tiles(opened, tiled.coarse_margins(tiled.squares(opened.pixels)))
+        assert {(tile.height, tile.width) for tile in coarse.tiles} == {(50, 50)}
+        assert len(coarse.parts) == len(coarse.tiles) == 3 * 4
 
 
 class TestSavedSupports:

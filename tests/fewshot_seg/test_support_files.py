@@ -179,8 +179,7 @@ class TestCommandLine:
         [
             (["--query", "x.jpg"], "missing --support: PHOTO:MASK pairs.*or --support-set"),
             (["--support", "x.jpg"], "missing --query: photos to segment"),
-            (["--support", "x.jpg", "--support-set", "f", "--query", "x.jpg"], "--support-set takes the place of"),
-            (["--support-set", "f", "--save-support", "g"], "--support-set takes the place of"),
+            (["--support-set", "f", "--save-support", "g"], "--save-support keeps what --support shows"),
         ],
     )
     def test_flags_that_do_not_go_together(

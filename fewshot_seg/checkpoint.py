@@ -1,8 +1,8 @@
 """Models and training states as safetensors files that describe themselves; no pickle.
 
-A model file holds the similarity network, the decoder, and the completion of weak supports if it was trained. The
-backbone is frozen and is not stored: its name, strides and fingerprint are, and loading fails when the weights at hand
-are others.
+A model file holds the similarity network, the decoder, the completion of weak supports if it was trained, and the base
+learner if there is one. The backbone is frozen and is not stored: its name, strides and fingerprint are, and loading
+fails when the weights at hand are others.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
+from fewshot_seg.base_learner import BaseLearner
 from fewshot_seg.completion import SupportCompletion
-from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork
@@ -68,7 +69,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
-    """Tensors of the similarity network, the decoder and the completion (if any), by qualified name."""
+    """Tensors of the similarity network, the decoder, completion and base learner (if any), by qualified name."""
     return {
         f"{part}.{name}": tensor
         for part in _parts(segmenter)
@@ -77,7 +78,8 @@ def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
 
 
 def _parts(segmenter: FewShotSegmenter) -> tuple[str, ...]:
-    return ("similarity", "decoder") if segmenter.completion is None else ("similarity", "decoder", "completion")
+    further = ("completion", "base_learner")
+    return ("similarity", "decoder", *(part for part in further if getattr(segmenter, part) is not None))
 
 
 def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tensor], *, where: Path) -> None:
@@ -131,6 +133,7 @@ def save_segmenter(
         "similarity_rank": segmenter.similarity.rank,
         "decoder": decoder.description(),
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
+        "base_learner": None if segmenter.base_learner is None else segmenter.base_learner.description(),
         "prior": segmenter.prior,
         "attention": segmenter.attention,
         "threshold": segmenter.threshold,
@@ -160,16 +163,17 @@ def load_segmenter(
     try:
         backbone = _backbone_of(description, backbone_weights, path)
         completion = description.get("completion")
-        decoder_kind = PriorReadout if "channel" in description["decoder"] else MaskDecoder
+        base_learner = description.get("base_learner")
         segmenter = FewShotSegmenter(
             backbone=backbone,
             similarity=SimilarityNetwork(backbone.channels, rank=description["similarity_rank"]),
-            decoder=decoder_kind(**description["decoder"]),
+            decoder=_decoder_of(description["decoder"]),
             prior=description["prior"],
             attention=description["attention"],
             threshold=description["threshold"],
             temperature=description["temperature"],
             completion=None if completion is None else SupportCompletion(**completion),
+            base_learner=None if base_learner is None else BaseLearner(**base_learner),
         )
         resolution, notes = int(description["resolution"]), dict(description["notes"])
     except DataError:
@@ -178,6 +182,13 @@ def load_segmenter(
         raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
     load_trained_tensors(segmenter, tensors, where=path)
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)
+
+
+def _decoder_of(description: Mapping[str, Any]) -> Decoder:
+    arguments = {name: value for name, value in description.items() if name != "kind"}
+    if "channel" in arguments:
+        return PriorReadout(**arguments)
+    return ContextDecoder(**arguments) if description.get("kind") == "context" else MaskDecoder(**arguments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,7 +64,8 @@ def train(config: TrainConfig) -> int:
         return 0
     if trained.held_out_miou is not None:
         threshold = trained.segmenter.threshold
-        print(f"threshold {threshold:.3f}: mIoU {trained.held_out_miou:.1f} on held-out base classes")
+        where = "base classes that the embedding had not seen" if config.cross_fits else "held-out base classes"
+        print(f"threshold {threshold:.3f}: mIoU {trained.held_out_miou:.1f} on {where}")
     print(f"model: {config.out / MODEL_NAME}")
     return 0
 

@@ -166,5 +166,110 @@ def _double(maps: Tensor) -> Tensor:
     return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-Decoder = MaskDecoder | PriorReadout
+class ContextDecoder(nn.Module):
+    """Reads every cell's priors in the light of how they are distributed over the whole photo.
+
+    The same margin means different things in different photos: how large the object is, how unlike its supports it is,
+    what else is there. Statistics of all maps over the photo shift the hidden units of a small network that is applied
+    to every cell, and the logit itself: a threshold per episode. (An oracle for it is worth ten points of mIoU.) The
+    first prior is added to the output with a learned gain, as in `MaskDecoder`; there is no convolution, priors of
+    frozen features are smooth as they are.
+
+    Args:
+        prior_channels: number of prior maps P.
+        width: hidden units of a cell.
+        context: hidden units between the statistics and what they shift.
+        dropout: probability of dropping a statistic or a hidden unit of the context.
+        seed: seed of the initial values; the global random state is left alone.
+
+    Raises:
+        DataError: a size below 1.
+    """
+
+    def __init__(
+        self, *, prior_channels: int, width: int = 32, context: int = 32, dropout: float = 0.2, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if min(prior_channels, width, context) < 1:
+            raise DataError(
+                f"context decoder needs sizes of at least 1, got {prior_channels} prior maps, width {width}, "
+                f"context {context}"
+            )
+        self.prior_channels = prior_channels
+        self._description = {"prior_channels": prior_channels, "width": width, "context": context, "dropout": dropout}
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+            self.entry, self.hidden = nn.Linear(prior_channels, width), nn.Linear(width, width)
+            self.exit = nn.Linear(width, 1)
+            self.context = nn.Sequential(
+                nn.Dropout(dropout),
+                nn.Linear(_STATISTICS * prior_channels, context),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(context, 2 * width + 1),
+            )
+        for last in (self.exit, self.context[-1]):
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.register_buffer("scale", torch.ones(prior_channels))
+        self.register_buffer("statistics_mean", torch.zeros(_STATISTICS * prior_channels))
+        self.register_buffer("statistics_scale", torch.ones(_STATISTICS * prior_channels))
+        self.scale: Tensor
+        self.statistics_mean: Tensor
+        self.statistics_scale: Tensor
+
+    def description(self) -> dict[str, Any]:
+        """Arguments that build it again, all but the seed."""
+        return {"kind": "context"} | self._description
+
+    @torch.no_grad()
+    def fit_scales(self, priors: Tensor) -> None:
+        """Set the units of the maps from priors float (B, P, h, w) like those it will be trained on.
+
+        The first map keeps its unit: its zero and its slope mean something.
+        """
+        spread = priors.float().transpose(0, 1).flatten(1).std(dim=1).clamp_min(1e-3)
+        spread[0] = 1
+        self.scale.copy_(spread)
+        seen = map_statistics(priors.float() / spread[:, None, None])
+        self.statistics_mean.copy_(seen.mean(dim=0))
+        self.statistics_scale.copy_(seen.std(dim=0).clamp_min(0) + 1e-3)
+
+    def forward(self, priors: Tensor, query_maps: Tensor, prototype: Tensor) -> Tensor:  # noqa: ARG002
+        """float (B, P, h, w) -> logits float (B, h, w); the other arguments are the `MaskDecoder`'s."""
+        maps = priors / self.scale[:, None, None]
+        seen = (map_statistics(maps) - self.statistics_mean) / self.statistics_scale
+        width = self.entry.out_features
+        first, second, shift = self.context(seen)[:, None, None].split([width, width, 1], dim=3)
+        cells = maps.permute(0, 2, 3, 1)
+        hidden = F.relu(self.entry(cells) + first)
+        hidden = F.relu(hidden + self.hidden(hidden) + second)
+        logits: Tensor = (self.exit(hidden) + shift)[..., 0] + self.gain * maps[:, 0]
+        return logits
+
+
+_STATISTICS = 8
+
+
+def map_statistics(maps: Tensor) -> Tensor:
+    """How P maps are distributed over each photo: float (B, P, h, w) -> float (B, 8 P).
+
+    Mean, standard deviation, largest, smallest; mean where the first map says object, where it says so with more
+    certainty, and where it says background; and mean excess over the mean.
+    """
+    mean = maps.mean(dim=(2, 3))
+    centred = maps - mean[:, :, None, None]
+    inside, surely = maps[:, :1].mul(2).sigmoid(), maps[:, :1].mul(2).sub(2).sigmoid()
+    regions = [
+        (maps * region).sum(dim=(2, 3)) / region.sum(dim=(2, 3)).clamp_min(1e-3)
+        for region in (inside, surely, 1 - inside)
+    ]
+    spread = centred.square().mean(dim=(2, 3)).clamp_min(1e-12).sqrt()
+    extremes = [maps.amax(dim=(2, 3)), maps.amin(dim=(2, 3))]
+    return torch.cat([mean, spread, *extremes, *regions, centred.relu().mean(dim=(2, 3))], dim=1)
+
+
+Decoder = MaskDecoder | ContextDecoder | PriorReadout
 """Whatever turns prior maps into logits."""

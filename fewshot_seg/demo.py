@@ -83,6 +83,7 @@ def _score_priors(data: FoldData, episodes: FeatureEpisodes, show_progress: bool
 def _training(config: DemoConfig) -> TrainConfig:
     return TrainConfig(
         data="synthetic",
+        training="joint",  # one short training is enough for generated pictures
         steps=config.steps,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -24,12 +24,15 @@ from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
 DEFAULT_BYTE_BUDGET = 768 * 2**20
 
 
-_VECTORS = ("foreground", "background", "open", "share", "foreground_sum", "background_sum", "frozen_sum")
+_VECTORS = ("foreground", "background", "open", "share", "foreground_sum", "background_sum", "frozen_sum", "class_sum")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SupportPart:
-    """What one photo brings to an episode as a support: vectors over its cells (M,), and sums over them (D,)."""
+    """What one photo brings to an episode as a support: vectors over its cells (M,), and sums over them (D,) or (C,).
+
+    `frozen` are the cells' frozen features (M, D), where the model compares them, too.
+    """
 
     condensed: bool
     cells: Tensor
@@ -40,6 +43,8 @@ class _SupportPart:
     foreground_sum: Tensor
     background_sum: Tensor
     frozen_sum: Tensor
+    class_sum: Tensor
+    frozen: Tensor | None = None
 
 
 class EncodedPhotos:
@@ -72,7 +77,9 @@ class EncodedPhotos:
         self._segmenter, self._support_cells, self._byte_budget = segmenter, support_cells, byte_budget
         readers = decoders or [segmenter.decoder]
         read = any(isinstance(one, MaskDecoder) and one.appearance for one in readers)
-        self._frozen = read or segmenter.completion is not None  # which looks at the frozen features of weak supports
+        self._compared = segmenter.base_learner is not None  # frozen cells of supports and queries, too
+        # the completion looks at the frozen features of weak supports
+        self._frozen = read or self._compared or segmenter.completion is not None
         self._photos: OrderedDict[str, PhotoMaps] = OrderedDict()
         self._supports: dict[tuple[str, int, SupportKind, int], _SupportPart] = {}
         self._bytes = 0
@@ -141,6 +148,8 @@ class EncodedPhotos:
             foreground_sum=foreground @ one.cells[0],
             background_sum=background @ one.cells[0],
             frozen_sum=frozen @ foreground,
+            class_sum=foreground.new_zeros(0) if photo.base is None else photo.base.flatten(2)[0] @ foreground,
+            frozen=frozen.T if self._compared else None,
         )
         if limit and not bool((part.open > 0).any()):
             part = _condensed(part, limit)
@@ -151,14 +160,23 @@ class EncodedPhotos:
 
 def _own_bytes(part: _SupportPart) -> int:
     """Bytes beside those of the photo; condensed cells are its own."""
-    return sum(getattr(part, name).nbytes for name in _VECTORS + ("cells",) * part.condensed)
+    vectors: int = sum(getattr(part, name).nbytes for name in _VECTORS)
+    if not part.condensed:
+        return vectors
+    return vectors + part.cells.nbytes + (0 if part.frozen is None else part.frozen.nbytes)
 
 
 def _condensed(part: _SupportPart, limit: int) -> _SupportPart:
-    cells, foreground, background = condense_cells(part.cells, part.foreground, part.background, limit=limit)
+    cells, frozen = part.cells, part.frozen
+    if frozen is not None:  # groups by both; the halves of a mean are shortened together, as they are about as long
+        cells = torch.cat([cells, frozen], dim=1) / 2**0.5
+    cells, foreground, background = condense_cells(cells, part.foreground, part.background, limit=limit)
+    if frozen is not None:
+        width = part.cells.shape[1]
+        cells, frozen = cells[:, :width] * 2**0.5, cells[:, width:] * 2**0.5
     nothing = torch.zeros_like(foreground)
     sides = {"foreground": foreground, "background": background, "open": nothing, "share": nothing}
-    return replace(part, condensed=True, cells=cells, **sides)
+    return replace(part, condensed=True, cells=cells, frozen=frozen, **sides)
 
 
 def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
@@ -172,11 +190,17 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
             rows.append(F.pad(row, [0, 0] * (row.dim() - 1) + [0, longest - len(row)]))
         return torch.stack(rows)
 
-    def pooled(name: str) -> Tensor:
-        sums = [torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for parts in episodes]
-        return F.normalize(torch.stack(sums), dim=1)
+    def summed(name: str) -> Tensor:
+        return torch.stack([torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for parts in episodes])
 
-    cells = joined("cells")
+    def pooled(name: str) -> Tensor:
+        return F.normalize(summed(name), dim=1)
+
+    cells, seen = joined("cells"), summed("class_sum")[:, :-1]  # the background comes last
+    if episodes[0][0].frozen is None:
+        frozen = cells.new_zeros(len(episodes), 0, cells.shape[2], 0, 0)
+    else:  # of one row: the photos' places are not needed
+        frozen = joined("frozen").transpose(1, 2)[:, None, :, None]
     return SupportEncoding(
         cells=cells,
         foreground=joined("foreground"),
@@ -186,5 +210,6 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
         foreground_embedding=pooled("foreground_sum"),
         background_embedding=pooled("background_sum"),
         prototype=pooled("frozen_sum"),
-        frozen=cells.new_zeros(len(episodes), 0, cells.shape[2], 0, 0),  # for PFENet's prior alone
+        frozen=frozen,
+        profile=seen / seen.amax(dim=1, keepdim=True).clamp_min(1e-12) if seen.shape[1] else seen,
     )

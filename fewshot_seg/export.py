@@ -14,7 +14,7 @@ from torch import Tensor
 
 from episodes.protocols import Fit
 from episodes.types import DataError
-from fewshot_seg.onnx_graphs import EMBEDDING, PhotoGraph, QueryGraph, SupportGraph
+from fewshot_seg.onnx_graphs import EMBEDDING, EVIDENCE_EMBEDDING, PhotoGraph, QueryGraph, SupportGraph
 from fewshot_seg.runtime import atomic_path, write_json
 from fewshot_seg.segmenter import FewShotSegmenter
 
@@ -62,7 +62,10 @@ def export_segmenter(
     width, side = segmenter.similarity.width, least * 2
     wide = side + least
     images, masks = torch.rand(3, 3, side, wide), torch.ones(3, side, wide).byte()
-    encoded = [torch.rand(shape) for shape in ((7, width), (7,), (7,), (width,), (width,), (width,))]
+    classes = None if segmenter.base_learner is None else segmenter.base_learner.classes
+    signatures = _signatures(width, classes)
+    embedding = signatures["support"]["outputs"]
+    encoded = [torch.rand([7 if axis == "cells" else axis for axis in one["shape"]]) for one in embedding.values()]
     dim = torch.export.Dim
     height_width = {axis: multiple * dim(of, min=least // multiple) for axis, of in ((2, "height"), (3, "width"))}
     mask_sides = {axis - 1: of for axis, of in height_width.items()}
@@ -71,7 +74,7 @@ def export_segmenter(
     query = _program(
         QueryGraph(segmenter),
         (images, *encoded),
-        ({0: batch} | height_width, {0: cells}, {0: cells}, {0: cells}, {}, {}, {}),
+        ({0: batch} | height_width, *({0: cells} if "cells" in one["shape"] else {} for one in embedding.values())),
     )
     metadata: dict[str, Any] = {
         "format": 1,
@@ -84,7 +87,7 @@ def export_segmenter(
         "least_side": least,
         "opset": OPSET,
         "versions": {one: importlib.metadata.version(one) for one in ("torch", "onnx", "onnxscript", "timm")},
-        "graphs": _signatures(width),
+        "graphs": signatures,
     }
     (folder / METADATA_NAME).unlink(missing_ok=True)  # written last: without it the folder is no export
     for name, program in (("support", support), ("query", query)):
@@ -93,13 +96,15 @@ def export_segmenter(
     return metadata
 
 
-def _signatures(width: int) -> dict[str, Any]:
+def _signatures(width: int, classes: int | None) -> dict[str, Any]:
     embedding: dict[str, list[str | int]] = {
         "cells": ["cells", width],
         "foreground": ["cells"],
         "background": ["cells"],
         **{name: [width] for name in EMBEDDING[3:]},
     }
+    if classes is not None:
+        embedding |= dict(zip(EVIDENCE_EMBEDDING[len(EMBEDDING) :], (["cells", width], [classes]), strict=True))
     described = {name: {"type": "float32", "shape": shape} for name, shape in embedding.items()}
     return {
         "support": {

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from episodes.augment import EpisodeTransform, Preset
 from episodes.fold_lists import FoldLists, draw, evaluation_specs, open_lists
 from episodes.folds import ClassSplit
 from episodes.loader import EpisodeDataset
 from episodes.protocols import EpisodeProtocol, list_pairs, training_pairs
-from episodes.types import EpisodeSpec, MaskSource, SupportKind
+from episodes.types import DataError, EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.distributed import barrier, current_ranks, share_of
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes, LiveEpisodes
 from fewshot_seg.features import DEFAULT_BYTE_BUDGET, FeatureStore, MaskStore
+from fewshot_seg.similarity import cell_weights, join_levels
 
 Augment = Literal["mirror"] | Preset
 """``mirror`` mirrors stored features; the presets of `EpisodeTransform` change the photos themselves."""
@@ -179,3 +184,81 @@ def _compute_features(data: FoldData, specs: Sequence[EpisodeSpec], show_progres
 def images_of(specs: Sequence[EpisodeSpec]) -> list[str]:
     """All images of some episodes, each once."""
     return list(dict.fromkeys(image_id for spec in specs for image_id in (*spec.support_ids, spec.query_id)))
+
+
+def group_episodes(
+    data: FoldData,
+    classes: Sequence[int],
+    *,
+    shots: int,
+    count: int,
+    seed: int,
+    supports: Sequence[SupportKind] = _MASKS,
+    show_progress: bool = False,
+) -> FeatureEpisodes:
+    """Episodes of some base classes in the training split, from stored features, nothing mirrored.
+
+    Raises:
+        DataError: a class that is not base: novel classes train nothing.
+    """
+    foreign = sorted(set(classes) - set(data.split.base))
+    if foreign:
+        raise DataError(f"classes {foreign} are not among the base classes; novel classes must not train anything")
+    pairs = list_pairs(data.protocol, data.training_index, classes)
+    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
+    _compute_features(data, specs, show_progress)
+    return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCells:
+    """Cells of training photos and the base classes in them.
+
+    Attributes:
+        cells: unit-length joined frozen features, float16 (N, D).
+        shares: float16 (N, C + 1), fraction of each cell that each base class fills, background last; what is ignored
+            is in none.
+        photos: int64 (N,), which photo each is of.
+        classes: the C base class ids.
+    """
+
+    cells: Tensor
+    shares: Tensor
+    photos: Tensor
+    classes: tuple[int, ...]
+
+    def of(self, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cells and shares (n, c + 1) of the photos that show one of these classes; other classes are background."""
+        columns = [self.classes.index(class_id) for class_id in classes]
+        others = [n for n in range(len(self.classes) + 1) if n not in columns]
+        shown = torch.zeros(int(self.photos.max()) + 1)
+        shown.index_add_(0, self.photos, self.shares[:, columns].float().sum(dim=1))
+        rows = shown[self.photos] > 0
+        kept = self.shares[rows]
+        return self.cells[rows], torch.cat([kept[:, columns], kept[:, others].sum(dim=1, keepdim=True)], dim=1)
+
+
+def class_cells(data: FoldData, *, per_photo: int = 40, seed: int = 0, show_progress: bool = False) -> ClassCells:
+    """Some cells of every training photo, drawn by the seed, with the shares of all base classes in them.
+
+    Novel classes are what they are in the training masks: background, or ignored.
+    """
+    pairs = training_pairs(data.protocol, data.training_index, data.split)
+    images = list(dict.fromkeys(image_id for image_id, _ in pairs))
+    data.store.ensure(images, show_progress=show_progress)
+    base, generator = data.split.base, torch.Generator().manual_seed(seed)
+    cells, shares, photos = list[Tensor](), list[Tensor](), list[Tensor]()
+    bar = tqdm(images, desc="cells of base classes", unit="photo", disable=not show_progress)
+    for number, image_id in enumerate(bar):
+        joined = join_levels(data.store.get([image_id]))
+        shown = [class_id for class_id in base if class_id in data.training_index.areas[image_id]]
+        masks = data.training_masks.get([image_id] * len(shown), shown)
+        foreground, background = (side.flatten(1) for side in cell_weights(masks, (joined.shape[2], joined.shape[3])))
+        of_photo = foreground.new_zeros(len(base) + 1, foreground.shape[1])
+        of_photo[[base.index(class_id) for class_id in shown]] = foreground
+        of_photo[-1] = (background[0] - foreground[1:].sum(dim=0)).clamp_min(0)  # each mask calls the others background
+        chosen = torch.randperm(foreground.shape[1], generator=generator)[:per_photo]
+        cells.append(joined.flatten(2)[0].T[chosen].half())
+        shares.append(of_photo.T[chosen].half())
+        photos.append(torch.full((len(chosen),), number))
+    return ClassCells(cells=torch.cat(cells), shares=torch.cat(shares), photos=torch.cat(photos), classes=base)

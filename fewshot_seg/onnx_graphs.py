@@ -18,12 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 from episodes.types import DataError
 from fewshot_seg.attention import attention_weights, score_direction
+from fewshot_seg.base_learner import class_profile, photo_evidence
 from fewshot_seg.priors import _COSINE_UNIT, log_density_ratio
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork, join_levels
 
 EMBEDDING = ("cells", "foreground", "background", "foreground_embedding", "background_embedding", "prototype")
 """The encoded support: outputs of the support graph, inputs of the query graph."""
+
+EVIDENCE_EMBEDDING = (*EMBEDDING, "frozen_cells", "profile")
+"""The same of a model with a base learner."""
 
 
 class SameConvolution(nn.Module):
@@ -110,13 +114,19 @@ class SupportGraph(PhotoGraph):
             masks: uint8 (K, H, W), 1 = object, 0 = background, 255 = ignored. One of them must show the object.
 
         Returns:
-            As named in `EMBEDDING`: float (N, D) for N = K*h*w cells, (N,), (N,), (D,), (D,), (D,).
+            As named in `EMBEDDING`: float (N, D) for N = K*h*w cells, (N,), (N,), (D,), (D,), (D,); with a base learner
+            also the rest of `EVIDENCE_EMBEDDING`: (N, D), (C,).
         """
         maps, levels = self.embed(images)
         rows = bin_means(masks.shape[1], maps.shape[2])
         columns = bin_means(masks.shape[2], maps.shape[3]).T
         foreground, background = ((rows @ (masks == value).float() @ columns).flatten() for value in (1, 0))
-        cells, frozen = (_as_cells(one) for one in (maps, join_levels(levels)))
+        joined = join_levels(levels)
+        cells, frozen = (_as_cells(one) for one in (maps, joined))
+        further: tuple[Tensor, ...] = ()
+        if self.segmenter.base_learner is not None:
+            seen = self.segmenter.base_learner.logits(frozen).softmax(dim=1)
+            further = (frozen, class_profile(seen.T[None], foreground[None])[0])
         return (
             cells,
             foreground,
@@ -124,6 +134,7 @@ class SupportGraph(PhotoGraph):
             _pool(cells, foreground),
             _pool(cells, background),
             _pool(frozen, foreground),
+            *further,
         )
 
 
@@ -139,6 +150,8 @@ class QueryGraph(PhotoGraph):
         foreground_embedding: Tensor,
         background_embedding: Tensor,
         prototype: Tensor,
+        frozen_cells: Tensor | None = None,
+        profile: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Segment B queries, float32 (B, 3, H, W); the rest is the output of the `SupportGraph`.
 
@@ -149,6 +162,15 @@ class QueryGraph(PhotoGraph):
         frozen = join_levels(levels)
         sides, pooled = (foreground, background), (foreground_embedding, background_embedding)
         priors = whole_priors(maps, cells, sides, pooled, temperature=self.segmenter.temperature)
+        if self.segmenter.base_learner is not None:
+            assert frozen_cells is not None
+            assert profile is not None
+            base = self.segmenter.base_learner(frozen)
+            cosine = frozen.flatten(2).transpose(1, 2) @ frozen_cells.T
+            of_each = [side[None].expand(len(images), side.shape[0]) for side in sides]
+            margin = log_density_ratio(cosine, of_each[0], of_each[1], temperature=self.segmenter.temperature)
+            evidence = photo_evidence(base, profile[None].expand(len(images), profile.shape[0]), frozen)
+            priors = torch.cat([priors, margin.reshape(maps[:, :1].shape), evidence], dim=1)
         if self.segmenter.completion is not None:  # it looks at the query as at a photo of which nothing is known
             nothing = torch.zeros_like(maps[:, 0])
             with _DynamicLinspace():

@@ -17,7 +17,6 @@ from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.metrics import Float64Array
 from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior, soft_margin_attention
 from fewshot_seg.segmenter import FewShotSegmenter
-from fewshot_seg.similarity import join_levels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +64,8 @@ def evaluate_priors(
 def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[AttentionKind]) -> dict[str, Tensor]:
     batch = batch.to(next(segmenter.backbone.parameters()).device)
     support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
-    maps = segmenter.similarity(batch.query_levels)
-    priors = segmenter.prior_maps(support, batch.query_levels, maps)
+    photos = segmenter.photo_maps(batch.query_levels)
+    maps, priors = photos.cells, segmenter.priors_of(support, photos)
     named = {_SHOWN_AS.get(name, name): priors[:, channel] for channel, name in enumerate(PRIOR_CHANNELS)}
     for kind in kinds:
         named[f"gradient attention: {kind}"] = segmenter.attention_maps(
@@ -76,7 +75,7 @@ def _all_maps(segmenter: FewShotSegmenter, batch: FeatureBatch, kinds: Sequence[
     sides = support.foreground, support.background
     elementwise = soft_margin_attention(cells, support.cells, *sides, temperature=segmenter.temperature)
     named["gradient attention: soft margin, element-wise"] = elementwise.reshape(len(maps), *maps.shape[-2:])
-    named["PFENet"] = pfenet_prior(join_levels(batch.query_levels), support.frozen, support.frozen_foreground)
+    named["PFENet"] = pfenet_prior(photos.frozen, support.frozen, support.frozen_foreground)
     named["nothing"] = torch.zeros_like(named["PFENet"])
     return named
 

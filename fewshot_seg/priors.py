@@ -58,6 +58,20 @@ def soft_margin(
     return log_density_ratio(cosine, foreground, background, temperature=temperature)
 
 
+def blockwise_soft_margin(
+    query_cells: Tensor, support_cells: Tensor, foreground: Tensor, background: Tensor, *, temperature: float
+) -> Tensor:
+    """`soft_margin`, some query cells at a time: as fast as a processor's cache allows."""
+    rows, margins = max(1, _BLOCK // max(1, support_cells.shape[1])), list[Tensor]()
+    for queries, supports, *sides in zip(query_cells, support_cells, foreground, background, strict=True):
+        of_episode = [
+            log_density_ratio(block @ supports.T, sides[0], sides[1], temperature=temperature)
+            for block in queries.split(rows)
+        ]
+        margins.append(torch.cat(of_episode))
+    return torch.stack(margins)
+
+
 def log_density_ratio(cosine: Tensor, foreground: Tensor, background: Tensor, *, temperature: float) -> Tensor:
     """`soft_margin` of cells whose cosines, float (B, M, N), are at hand; of one episode also without B."""
     kernel = cosine.sub(1).div_(temperature).exp_()  # in place on the difference: the largest tensor here

@@ -29,6 +29,7 @@ from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_segmenter
 from fewshot_seg.config import CacheSettings, Config, DataSettings, EvaluateConfig, SimilarityTrainConfig, TrainConfig
+from fewshot_seg.cross_fitted_fold import train_cross_fitted
 from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import TrainedFold, train_fold
@@ -133,7 +134,7 @@ def benchmark_name(data: FoldData) -> str:
 
 
 def new_segmenter(
-    backbone: Backbone, config: TrainConfig, similarity: SimilarityNetwork | None = None
+    backbone: Backbone, config: TrainConfig, similarity: SimilarityNetwork | None = None, *, base_classes: int = 0
 ) -> FewShotSegmenter:
     """The untrained model of a configuration, on the backbone's device; a given `similarity` stays as it is."""
     segmenter = build_segmenter(
@@ -147,6 +148,7 @@ def new_segmenter(
         seed=config.seed,
         similarity=None if similarity is None else copy.deepcopy(similarity).requires_grad_(False),
         completion=set(config.supports) != {"mask"},
+        base_classes=base_classes,
     )
     return segmenter.to(next(backbone.parameters()).device)
 
@@ -154,7 +156,7 @@ def new_segmenter(
 def train_configured(
     data: FoldData, config: TrainConfig, *, folder: Path | None, show_progress: bool = False
 ) -> TrainedFold:
-    """`train_fold` with the arguments of a configuration (which data to open is not read here).
+    """`train_cross_fitted` or `train_fold` with the arguments of a configuration (which data to open is not read here).
 
     Raises:
         DataError: a similarity network of another backbone, or one that was trained on novel classes.
@@ -162,6 +164,26 @@ def train_configured(
     similarity = (
         None if config.similarity is None else _read_similarity(config.similarity, data, config.backbone_weights)
     )
+    if config.cross_fits:
+        return train_cross_fitted(
+            lambda classes: new_segmenter(data.backbone, config, None, base_classes=classes),
+            data,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            decoder_steps=config.decoder_steps,
+            decoder_episodes=((1, config.decoder_episodes), (5, -(-config.decoder_episodes // 6))),
+            supports=config.supports,
+            augment=config.augment,
+            support_augment=config.support_augment,
+            seed=config.seed,
+            checkpoint_every=config.checkpoint_every,
+            workers=config.workers,
+            folder=folder,
+            resume=config.resume,
+            show_progress=show_progress,
+        )
     return train_fold(
         partial(new_segmenter, data.backbone, config, similarity),
         data,

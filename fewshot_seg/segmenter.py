@@ -19,11 +19,13 @@ from fewshot_seg.attention import (
     similarity_attention,
 )
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.base_learner import EVIDENCE_CHANNELS, BaseLearner, class_profile, photo_evidence
 from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
-from fewshot_seg.decoder import MaskDecoder, PriorReadout
+from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
 from fewshot_seg.priors import (
     PRIOR_CHANNELS,
     TEMPERATURE,
+    blockwise_soft_margin,
     cell_cosines,
     log_density_ratio,
     pfenet_prior,
@@ -45,17 +47,19 @@ class PhotoMaps:
         cells: unit-length float (N, D, h, w), embedded by the similarity network.
         frozen: unit-length float (N, D, h, w), the joined frozen features.
         objectness: float (N, h, w), logits of the completion for a photo of which nothing is known; None without one.
+        base: float (N, C + 1, h, w), probabilities of the base learner; None without one.
     """
 
     cells: Tensor
     frozen: Tensor
-    objectness: Tensor | None
+    objectness: Tensor | None = None
+    base: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all maps; maps that are the same tensor count once."""
-        maps = {one.data_ptr(): one.nbytes for one in (self.cells, self.frozen, self.objectness) if one is not None}
-        return sum(maps.values())
+        held = (self.cells, self.frozen, self.objectness, self.base)
+        return sum({one.data_ptr(): one.nbytes for one in held if one is not None}.values())
 
     def by_cells(self) -> PhotoMaps:
         """The same, stored cell by cell, as cells are compared: float (N, h, w, D) seen as (N, D, h, w)."""
@@ -70,12 +74,16 @@ class PhotoMaps:
         def joined(maps: Sequence[Tensor]) -> Tensor:
             return torch.cat([one.permute(0, 2, 3, 1) for one in maps]).permute(0, 3, 1, 2)
 
-        cells, known = joined([photo.cells for photo in photos]), [photo.objectness for photo in photos]
+        def known(maps: Sequence[Tensor | None]) -> Tensor | None:
+            return None if None in maps else torch.cat([one for one in maps if one is not None])
+
+        cells = joined([photo.cells for photo in photos])
         same = all(photo.frozen is photo.cells for photo in photos)
         return PhotoMaps(
             cells=cells,
             frozen=cells if same else joined([photo.frozen for photo in photos]),
-            objectness=None if None in known else torch.cat([one for one in known if one is not None]),
+            objectness=known([photo.objectness for photo in photos]),
+            base=known([photo.base for photo in photos]),
         )
 
 
@@ -91,6 +99,7 @@ class SupportEncoding:
         foreground_embedding, background_embedding: unit-length float (B, D).
         prototype: float (B, D), frozen features pooled over the foreground.
         frozen: unit-length float (B, K, D, h, w), the joined frozen features themselves (for PFENet's prior).
+        profile: float (B, C), which base classes the object looks like; C = 0 without a base learner.
     """
 
     cells: Tensor
@@ -102,6 +111,12 @@ class SupportEncoding:
     background_embedding: Tensor
     prototype: Tensor
     frozen: Tensor
+    profile: Tensor
+
+    @property
+    def frozen_cells(self) -> Tensor:
+        """unit-length float (B, K*h*w, D), `frozen` in the order of `cells`."""
+        return self.frozen.movedim(2, -1).flatten(1, 3)
 
     @property
     def frozen_foreground(self) -> Tensor:
@@ -158,12 +173,13 @@ class FewShotSegmenter(nn.Module):
     Args:
         backbone: frozen feature extractor.
         similarity: embeds its levels; trained or as it is.
-        decoder: `MaskDecoder`, or `PriorReadout` for a prior alone.
+        decoder: `ContextDecoder`, `MaskDecoder`, or `PriorReadout` for a prior alone.
         prior: ``similarity`` (ours), ``pfenet`` (the rival, from frozen features) or ``none``.
         attention: form of the score whose gradient is shown, see `fewshot_seg.attention`.
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
+        base_learner: knows the base classes; with it, the decoder reads `EVIDENCE_MAPS` beside the similarity's maps.
 
     Raises:
         DataError: decoder, prior, completion, similarity network and backbone do not fit together, a temperature that
@@ -175,12 +191,13 @@ class FewShotSegmenter(nn.Module):
         *,
         backbone: Backbone,
         similarity: SimilarityNetwork,
-        decoder: MaskDecoder | PriorReadout,
+        decoder: Decoder,
         prior: PriorKind = "similarity",
         attention: AttentionKind = "margin",
         threshold: float = 0.0,
         temperature: float = TEMPERATURE,
         completion: SupportCompletion | None = None,
+        base_learner: BaseLearner | None = None,
     ) -> None:
         super().__init__()
         if prior not in PRIOR_KINDS:
@@ -198,16 +215,22 @@ class FewShotSegmenter(nn.Module):
                 f"the backbone gives {similarity.width} feature channels, the completion reads "
                 f"{completion.feature_channels}"
             )
-        _check_decoder(decoder, prior_channels(prior, completion=completion is not None), prior, similarity.width)
+        if base_learner is not None and (prior != "similarity" or base_learner.feature_channels != similarity.width):
+            raise DataError(
+                f"a base learner of {base_learner.feature_channels} channels does not fit prior {prior!r} over a "
+                f"backbone of {similarity.width}; it goes with the prior 'similarity'"
+            )
+        maps = prior_channels(prior, completion=completion is not None, base_learner=base_learner is not None)
+        _check_decoder(decoder, maps, prior, similarity.width)
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
-        self.completion = completion
+        self.completion, self.base_learner = completion, base_learner
         self.prior, self.attention = prior, attention
         self.threshold, self.temperature = threshold, temperature
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that training may change: similarity network (unless frozen), decoder and completion."""
+        """Parameters that training may change: similarity network (unless frozen), decoder, and what else there is."""
         modules: list[nn.Module] = [self.decoder] if self.prior == "pfenet" else [self.similarity, self.decoder]
-        modules += [] if self.completion is None else [self.completion]
+        modules += [part for part in (self.completion, self.base_learner) if part is not None]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def encode_support(self, images: Tensor, masks: Tensor, dense: Tensor | None = None) -> SupportEncoding:
@@ -235,16 +258,13 @@ class FewShotSegmenter(nn.Module):
     ) -> SupportEncoding:
         """As `encode_support`, from frozen features float (B*K, C, h, w) per level."""
         joined = join_levels(levels)
-        photos = PhotoMaps(cells=self.similarity.turn(joined), frozen=joined, objectness=None)
-        return self.encode_support_photos(photos, masks, dense)
+        return self.encode_support_photos(PhotoMaps(cells=self.similarity.turn(joined), frozen=joined), masks, dense)
 
     def encode_support_maps(
         self, maps: Tensor, levels: Sequence[Tensor], masks: Tensor, dense: Tensor | None = None
     ) -> SupportEncoding:
         """As `encode_support_levels`, with the similarity network's output for the levels at hand."""
-        return self.encode_support_photos(
-            PhotoMaps(cells=maps, frozen=join_levels(levels), objectness=None), masks, dense
-        )
+        return self.encode_support_photos(PhotoMaps(cells=maps, frozen=join_levels(levels)), masks, dense)
 
     def encode_support_photos(self, photos: PhotoMaps, masks: Tensor, dense: Tensor | None = None) -> SupportEncoding:
         """As `encode_support`, from the B*K photos' maps."""
@@ -273,7 +293,16 @@ class FewShotSegmenter(nn.Module):
             background_embedding=_pool(cells, background),
             prototype=_pool(frozen_cells, foreground),
             frozen=joined.reshape(batch, shots, *joined.shape[1:]),
+            profile=self._profile(photos, foreground),
         )
+
+    def _profile(self, photos: PhotoMaps, foreground: Tensor) -> Tensor:
+        """float (B, C) of B episodes' supports, by the foreground of their cells, float (B, K*h*w)."""
+        if self.base_learner is None:
+            return foreground.new_zeros(len(foreground), 0)
+        base = self.base_learner(photos.frozen) if photos.base is None else photos.base
+        of_episodes = base.reshape(len(foreground), -1, *base.shape[1:]).transpose(1, 2).flatten(2)
+        return class_profile(of_episodes, foreground)
 
     def _completed_share(
         self, weak: Tensor, maps: Tensor, joined: Tensor, parts: tuple[Tensor, Tensor, Tensor]
@@ -326,11 +355,12 @@ class FewShotSegmenter(nn.Module):
 
     def _photo_maps(self, cells: Tensor, joined: Tensor) -> PhotoMaps:
         needed = self.completion is not None and self.prior == "similarity"
-        return PhotoMaps(cells=cells, frozen=joined, objectness=self._objectness(cells, joined) if needed else None)
-
-    def prior_maps(self, support: SupportEncoding, levels: Sequence[Tensor], maps: Tensor) -> Tensor:
-        """`priors_of` the queries, with the similarity network's output for their levels at hand."""
-        return self.priors_of(support, self._photo_maps(maps, join_levels(levels)))
+        return PhotoMaps(
+            cells=cells,
+            frozen=joined,
+            objectness=self.objectness(cells, joined) if needed else None,
+            base=None if self.base_learner is None else self.base_learner(joined),
+        )
 
     def priors_of(self, support: SupportEncoding, photos: PhotoMaps) -> Tensor:
         """float (B, P, h, w): what the decoder reads of B queries."""
@@ -345,9 +375,21 @@ class FewShotSegmenter(nn.Module):
         priors = self._similarity_priors(support, maps, cosine)
         if cosine is not None:
             priors = self._similarity_priors(self._second_look(support, cosine, priors[:, 0]), maps, cosine)
-        if photos.objectness is None:
-            return priors
-        return torch.cat([priors, photos.objectness[:, None]], dim=1)
+        further = [] if photos.base is None else [self._evidence(support, photos.frozen, photos.base)]
+        further += [] if photos.objectness is None else [photos.objectness[:, None]]
+        return torch.cat([priors, *further], dim=1)
+
+    def _evidence(self, support: SupportEncoding, frozen: Tensor, base: Tensor) -> Tensor:
+        """float (B, 4, h, w), as named in `EVIDENCE_MAPS`."""
+        margin = blockwise_soft_margin(
+            frozen.flatten(2).transpose(1, 2),
+            support.frozen_cells,
+            support.foreground,
+            support.background,
+            temperature=self.temperature,
+        )
+        maps = photo_evidence(base, support.profile, frozen)
+        return torch.cat([margin.reshape(len(frozen), 1, *frozen.shape[2:]), maps], dim=1)
 
     def _similarity_priors(self, support: SupportEncoding, maps: Tensor, cosine: Tensor | None) -> Tensor:
         return similarity_priors(
@@ -383,7 +425,7 @@ class FewShotSegmenter(nn.Module):
             background_embedding=_pool(support.cells, background),
         )
 
-    def _objectness(self, maps: Tensor, joined: Tensor) -> Tensor:
+    def objectness(self, maps: Tensor, joined: Tensor) -> Tensor:
         """Logits float (B, h, w) of the query's object as the completion sees it: as a photo of which nothing is known.
 
         With image-level supports it carries much of the answer: a photo's main object is likely what is asked for.
@@ -420,19 +462,25 @@ class FewShotSegmenter(nn.Module):
         return similarity_attention(maps, direction, rectify=rectify)
 
 
-def prior_channels(prior: PriorKind, *, completion: bool = False) -> int:
-    """Number of maps of a prior; a model with a completion reads its objectness beside the similarity maps."""
-    return {"similarity": len(PRIOR_CHANNELS) + completion, "pfenet": 1, "none": 0}[prior]
+EVIDENCE_MAPS = ("frozen soft margin", *EVIDENCE_CHANNELS)
+"""What a model with a base learner reads beside `PRIOR_CHANNELS`: the soft margin of the frozen features, which no
+training has turned towards base classes, and what the query alone shows."""
 
 
-def _check_decoder(decoder: MaskDecoder | PriorReadout, maps: int, prior: PriorKind, features: int) -> None:
+def prior_channels(prior: PriorKind, *, completion: bool = False, base_learner: bool = False) -> int:
+    """Number of maps of a prior: of the similarity, a base learner's evidence, the objectness of a completion."""
+    similarity = len(PRIOR_CHANNELS) + len(EVIDENCE_MAPS) * base_learner + completion
+    return {"similarity": similarity, "pfenet": 1, "none": 0}[prior]
+
+
+def _check_decoder(decoder: Decoder, maps: int, prior: PriorKind, features: int) -> None:
     if isinstance(decoder, PriorReadout):
         if not 0 <= decoder.channel < maps:
             raise DataError(f"prior {prior!r} has {maps} maps, the readout wants map {decoder.channel} (from 0)")
         return
     if decoder.prior_channels != maps:
         raise DataError(f"prior {prior!r} has {maps} maps, the decoder reads {decoder.prior_channels}")
-    if decoder.appearance and decoder.feature_channels != features:
+    if isinstance(decoder, MaskDecoder) and decoder.appearance and decoder.feature_channels != features:
         raise DataError(f"the backbone gives {features} feature channels, the decoder reads {decoder.feature_channels}")
 
 
@@ -469,31 +517,42 @@ def build_segmenter(
     seed: int = 0,
     similarity: SimilarityNetwork | None = None,
     completion: bool = False,
+    base_classes: int = 0,
 ) -> FewShotSegmenter:
     """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`.
 
-    `completion` adds a `SupportCompletion`, for training with weak supports.
+    `completion` adds a `SupportCompletion`, for training with weak supports. With `base_classes`, the model has a
+    `BaseLearner` of so many classes and a `ContextDecoder`, for `fewshot_seg.cross_fitting`; the arguments of
+    `MaskDecoder` are not used then.
 
     A `similarity` network that was trained before takes the place of a new one. Training goes on with it unless its
     parameters do not require gradients.
     """
     if similarity is None:
         similarity = SimilarityNetwork(backbone.channels, rank=similarity_rank, seed=seed)
-    return FewShotSegmenter(
-        backbone=backbone,
-        similarity=similarity,
-        decoder=MaskDecoder(
-            prior_channels=prior_channels(prior, completion=completion),
-            feature_channels=sum(backbone.channels),
+    width = sum(backbone.channels)
+    maps = prior_channels(prior, completion=completion, base_learner=base_classes > 0)
+    decoder: Decoder
+    if base_classes:
+        decoder = ContextDecoder(prior_channels=maps, seed=seed)
+    else:
+        decoder = MaskDecoder(
+            prior_channels=maps,
+            feature_channels=width,
             appearance=appearance,
             width=decoder_width,
             blocks=decoder_blocks,
             dropout=dropout,
             seed=seed,
-        ),
+        )
+    return FewShotSegmenter(
+        backbone=backbone,
+        similarity=similarity,
+        decoder=decoder,
         prior=prior,
         attention=attention,
-        completion=SupportCompletion(feature_channels=sum(backbone.channels), seed=seed) if completion else None,
+        completion=SupportCompletion(feature_channels=width, seed=seed) if completion else None,
+        base_learner=BaseLearner(feature_channels=width, classes=base_classes) if base_classes else None,
     )
 
 

@@ -102,6 +102,37 @@ class SimilarityNetwork(nn.Module):
         turned: Tensor = joined + self.up(self.down(joined))
         return F.normalize(turned, dim=1)
 
+    def cosines(self, queries: Tensor, supports: Tensor) -> Tensor:
+        """Cosines of turned cells from frozen ones, without ever making the turned cells: what training needs.
+
+        With x + U D x for a turned cell, <x + U D x, y + U D y> = <x, y> + <U'x, D y> + <D x, U'y> + <D x, U'U D y>:
+        but for <x, y>, which needs no gradient, everything has `rank` channels. Several times as fast to train as
+        cosines of `turn`, and the same up to rounding.
+
+        Args:
+            queries: unit-length frozen cells, float (B, M, C).
+            supports: unit-length frozen cells, float (B, N, C).
+
+        Returns:
+            float (B, M, N).
+        """
+        with torch.no_grad():
+            frozen = torch.einsum("bmc,bnc->bmn", queries, supports)
+        if not self.rank:
+            return frozen
+        down, up = self.down.weight[:, :, 0, 0], self.up.weight[:, :, 0, 0]
+        gram = up.T @ up
+        query_down, query_up = queries @ down.T, queries @ up
+        support_down, support_up = supports @ down.T, supports @ up
+        left = torch.cat([query_up + query_down @ gram, query_down], dim=2)
+        right = torch.cat([support_down, support_up], dim=2)
+        lengths = [
+            (1 + 2 * (one_down * one_up).sum(dim=2) + (one_down @ gram * one_down).sum(dim=2)).clamp_min(1e-12).rsqrt()
+            for one_down, one_up in ((query_down, query_up), (support_down, support_up))
+        ]
+        turned = frozen + torch.einsum("bmr,bnr->bmn", left, right)
+        return turned * lengths[0][:, :, None] * lengths[1][:, None]
+
     @staticmethod
     def embed(maps: Tensor, weights: Tensor | None = None) -> Tensor:
         """L2-normalised embedding of whole images (global pooling) or of regions (masked pooling).

@@ -149,4 +149,5 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
         **dict.fromkeys(("foreground_embedding", "background_embedding"), (1, embedded)),
         "prototype": (1, width),
         "frozen": (1, shots, width, height, breadth),
+        "profile": (1, tensors["profile"].shape[-1] if tensors["profile"].dim() == 2 else -1),
     }

@@ -23,7 +23,6 @@ from fewshot_seg.distributed import current_ranks, dealt, raise_if_lost, rows_of
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
 from fewshot_seg.optimisation import Plan, Schedule, TrainingResult, optimise
-from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
 from fewshot_seg.similarity import cell_weights
 
@@ -51,18 +50,25 @@ def episode_losses(
         prediction = segmenter.segment_levels(support, batch.query_levels, (targets.shape[1], targets.shape[2]))
     mask_loss = segmentation_loss(prediction.logits, targets, dice_weight=dice_weight)
     nothing = torch.zeros_like(mask_loss)
-    completion = (
-        nothing
-        if segmenter.completion is None
-        else _completion_loss(batch, support, prediction.priors, weak_rows.total)
-    )
+    completion = nothing
+    if segmenter.completion is not None:
+        reads = segmenter.prior == "similarity"  # the objectness of the query, which is the last map
+        objectness = prediction.priors[:, -1] if reads else None
+        completion = weak_support_loss(batch, support, objectness, weak_rows.total)
     if segmenter.prior != "similarity":
         return mask_loss, nothing, completion
-    return mask_loss, _metric_loss(prediction.priors[:, 0], batch.query_masks), completion
+    return mask_loss, metric_loss(prediction.priors[:, 0], batch.query_masks), completion
 
 
-def _completion_loss(batch: FeatureBatch, support: SupportEncoding, priors: Tensor, weak_of_all: int) -> Tensor:
+def weak_support_loss(
+    batch: FeatureBatch, support: SupportEncoding, objectness: Tensor | None, weak_of_all: int
+) -> Tensor:
     """Loss of what was filled in: of weak supports, and of the queries, of which the completion knows nothing.
+
+    Args:
+        batch, support: the episodes and their encoded supports.
+        objectness: float (B, h, w), logits of the completion for the queries, if it was asked.
+        weak_of_all: weak supports of all ranks.
 
     Ranks differ in how many weak supports they have: the mean is over those of all, `weak_of_all`.
     """
@@ -74,8 +80,8 @@ def _completion_loss(batch: FeatureBatch, support: SupportEncoding, priors: Tens
         completed.append((foreground, background))
         truths.append(batch.support_truth.flatten(0, 1)[weak])
         weights.append(int(weak.sum()) * current_ranks().size / weak_of_all)
-    if priors.shape[1] > len(PRIOR_CHANNELS):  # the objectness of the queries comes last
-        completed.append((priors[:, -1].sigmoid(), (-priors[:, -1]).sigmoid()))
+    if objectness is not None:
+        completed.append((objectness.sigmoid(), (-objectness).sigmoid()))
         truths.append(batch.query_masks)
         weights.append(1.0)
     losses = [
@@ -85,7 +91,8 @@ def _completion_loss(batch: FeatureBatch, support: SupportEncoding, priors: Tens
     return torch.stack(losses).sum() if losses else support.cells.new_zeros(())
 
 
-def _metric_loss(margin: Tensor, query_masks: Tensor) -> Tensor:
+def metric_loss(margin: Tensor, query_masks: Tensor) -> Tensor:
+    """`balanced_map_loss` of margins float (B, h, w) against masks uint8 (B, H, W)."""
     foreground, background = cell_weights(query_masks, (margin.shape[1], margin.shape[2]))
     return balanced_map_loss(margin.flatten(1), foreground.flatten(1), background.flatten(1))
 

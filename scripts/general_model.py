@@ -22,17 +22,17 @@ from fewshot_seg.metrics import IoUResult, mean_result
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shipped import GENERAL
 
-MODEL: dict[str, Any] = {"decoder_width": 48, "decoder_blocks": 4, "completion": True}
+MODEL: dict[str, Any] = {"completion": True}
 """Arguments of `build_segmenter`."""
 TRAINING: dict[str, Any] = {
-    "shots": 1,
-    "steps": 600,
+    "steps": 240,
     "batch_size": 8,
     "seed": 0,
     "supports": ("mask", "box", "scribble", "point", "label"),
-    "validation_episodes": 300,
+    "decoder_steps": 1200,
+    "decoder_episodes": ((1, 700), (5, 80)),
 }
-"""Arguments of `train_fold`."""
+"""Arguments of `train_cross_fitted`."""
 PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 1024}
 """Fields of `custom_protocol`. Objects of fewer pixels than `min_area` are neither shown nor asked for."""
 CHECK_EPISODES = 300

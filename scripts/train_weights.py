@@ -33,10 +33,16 @@ from fewshot_seg.runs import MODEL_NAME, benchmark_name
 from fewshot_seg.runtime import atomic_path, git_commit
 from fewshot_seg.shipped import GENERAL, ShippedModel, file_digest, shipped_models, weights_folder, write_manifest
 
-MODEL: dict[str, Any] = {"decoder_width": 48, "decoder_blocks": 4}
+MODEL: dict[str, Any] = {}
 """Arguments of `build_segmenter`."""
-TRAINING: dict[str, Any] = {"shots": 1, "steps": 160, "batch_size": 8, "seed": 0, "validation_episodes": 200}
-"""Arguments of `train_fold`."""
+TRAINING: dict[str, Any] = {
+    "steps": 160,
+    "batch_size": 8,
+    "seed": 0,
+    "decoder_steps": 800,
+    "decoder_episodes": ((1, 500), (5, 80)),
+}
+"""Arguments of `train_cross_fitted`."""
 RESOLUTION: int | None = None
 """Side of the square; None is the protocol's."""
 

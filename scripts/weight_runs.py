@@ -12,14 +12,15 @@ from typing import Any
 from episodes.types import DataError, SupportKind
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import save_segmenter
-from fewshot_seg.experiment import TrainedFold, train_fold
+from fewshot_seg.cross_fitted_fold import train_cross_fitted
+from fewshot_seg.experiment import TrainedFold
 from fewshot_seg.fold_data import FoldData
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.runs import MODEL_NAME, RUN_NAME
 from fewshot_seg.runtime import environment, pick_device, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 
-BACKBONE: dict[str, Any] = {"name": "tf_efficientnet_lite0", "weights": "embedded"}
+BACKBONE: dict[str, Any] = {"name": "efficientnet_lite012", "weights": "embedded"}
 """Arguments of `build_backbone`."""
 SHOTS = (1, 5)
 """Supports with masks that a model is scored with."""
@@ -34,7 +35,7 @@ def open_backbone(device: str) -> Backbone:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a model is made with: arguments of `build_segmenter` and of `train_fold`."""
+    """What a model is made with: arguments of `build_segmenter` and of `train_cross_fitted`."""
 
     model: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -50,13 +51,13 @@ class Recipe:
 
 
 def train_recipe(recipe: Recipe, data: FoldData, folder: Path) -> TrainedFold:
-    """`train_fold` with a recipe, into a folder; an interrupted run goes on."""
+    """`train_cross_fitted` with a recipe, into a folder; an interrupted run goes on."""
     device = next(data.backbone.parameters()).device
 
-    def build() -> FewShotSegmenter:
-        return build_segmenter(data.backbone, **recipe.model).to(device)
+    def build(classes: int) -> FewShotSegmenter:
+        return build_segmenter(data.backbone, base_classes=classes, **recipe.model).to(device)
 
-    return train_fold(build, data, folder=folder, resume=True, show_progress=True, **recipe.training)
+    return train_cross_fitted(build, data, folder=folder, resume=True, show_progress=True, **recipe.training)
 
 
 def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str, Any]) -> Record:
@@ -87,7 +88,7 @@ def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str
         "protocol": data.protocol.name,
         "fold": data.fold,
         "fit": data.protocol.fit,
-        "shots": recipe.training["shots"],
+        "shots": sorted({shots for shots, _ in recipe.training["decoder_episodes"]}),
         "base_classes": list(data.split.base),
         "base_class_names": [data.source.class_names[class_id] for class_id in data.split.base],
         "fingerprint": data.fingerprint,

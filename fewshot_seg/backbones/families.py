@@ -77,8 +77,9 @@ def _build_member(name: str, strides: Sequence[int] | None, weights: str | Path,
         where = f"{weights} weights of {name}" if weights in (EMBEDDED, HUB) else str(weights)
         encoder.load_state_dict(fit_weights(encoder, _weights_of(name, weights), name=name, where=where))
     mean, std = _normalisation(name)
-    chosen = encoder.strides if isinstance(encoder, LevelEncoder) else strides or DEFAULT_STRIDES
-    return Backbone(encoder, name=name, strides=chosen, mean=mean, std=std)
+    if isinstance(encoder, LevelEncoder):
+        strides = encoder.strides
+    return Backbone(encoder, name=name, strides=DEFAULT_STRIDES if strides is None else strides, mean=mean, std=std)
 
 
 def _weights_of(name: str, weights: str | Path) -> dict[str, Tensor]:

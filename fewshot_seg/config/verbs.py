@@ -108,11 +108,23 @@ class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
         "fold whose classes choose the threshold (default: the one after --fold)", None, minimum=0, maximum=3
     )
     validation_episodes: int = setting("episodes that choose the threshold", 200, minimum=1)
-    shots: int = setting("supports per training episode", 1, minimum=1)
+    training: Literal["cross-fit", "joint"] | None = setting(
+        "'cross-fit': the decoder learns from classes that the rest of the model has not seen, and there is a base "
+        "learner; 'joint': all at once (default: cross-fit where the similarity network is trained, else joint)",
+        None,
+    )
+    shots: int = setting("supports per training episode (joint training)", 1, minimum=1)
     supports: tuple[SupportName, ...] = setting(
         "how supports are marked; of several, each support of an episode gets one at random", ("mask",)
     )
-    steps: int = setting("optimiser steps", 160, minimum=1)
+    steps: int = setting("optimiser steps; by cross-fitting, of each of four embeddings", 160, minimum=1)
+    decoder_steps: int = setting("optimiser steps of the decoder (cross-fitting)", 800, minimum=1)
+    decoder_episodes: int = setting(
+        "1-shot episodes of each group of classes that the decoder learns from, and a sixth as many of 5 shots "
+        "(cross-fitting)",
+        500,
+        minimum=1,
+    )
     batch_size: int = setting("episodes per step", 8, minimum=1)
     learning_rate: float = setting("peak learning rate of AdamW", 1e-3, minimum=0.0)
     weight_decay: float = setting("weight decay of AdamW", 1e-2, minimum=0.0)
@@ -145,10 +157,21 @@ class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
     resume: bool = setting("go on with an interrupted run in --out", False)
     workers: int = setting("processes that load photos, for augmentations that change them", 0, minimum=0)
 
+    @property
+    def cross_fits(self) -> bool:
+        """Whether the training is by cross-fitting."""
+        if self.training is None:
+            return self.prior == "similarity" and self.similarity is None and self.similarity_rank > 0
+        return self.training == "cross-fit"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior == "none" and self.appearance == 0:
             raise DataError("--prior none leaves the decoder nothing to read; add --appearance 16")
+        if self.training == "cross-fit" and (self.prior != "similarity" or self.similarity is not None):
+            raise DataError(
+                "--training cross-fit trains the similarity network: it needs --prior similarity, and no --similarity"
+            )
         if self.similarity is not None and self.prior != "similarity":
             raise DataError(f"--similarity is the source of the prior 'similarity', but --prior is {self.prior!r}")
         if self.decoder_width % 8:

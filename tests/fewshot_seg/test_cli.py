@@ -41,7 +41,7 @@ from fewshot_seg.config import (
 
 TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random")
 SIZE = ("--resolution", "64")
-SHORT = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--validation-episodes", "8")
+SHORT = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--validation-episodes", "8", "--training", "joint")
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ CLI_TRAIN = (
         "--resolution",
         "64",
     ),
-    *("--device", "cpu", "--steps", "6", "--validation-episodes", "7"),
+    *("--device", "cpu", "--steps", "6", "--validation-episodes", "7", "--training", "joint"),
 )
 COMMANDS: dict[str, tuple[str, ...]] = {
     "odd": (*CLI_TRAIN, "--batch-size", "3"),

@@ -21,7 +21,7 @@ from fewshot_seg.photos import read_photo
 from fewshot_seg.prediction import PhotoPrediction, Predictor
 
 TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random", "--resolution", "64")
-SHORT = ("--steps", "2", "--batch-size", "2", "--validation-episodes", "4")
+SHORT = ("--steps", "2", "--batch-size", "2", "--validation-episodes", "4", "--training", "joint")
 NAMES = ("ant", "bee", "cat")
 SIZE = (96, 72)  # width, height
 

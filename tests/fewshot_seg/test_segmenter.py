@@ -568,7 +568,7 @@ class TestWeakSupports:
         levels = segmenter.backbone(photos(2, seed=1))
         chosen = torch.where(share < 0.5, 0.0, share).reshape(2, 4, 4)
         expected = pfenet_prior(join_levels(levels), support.frozen, torch.stack([mask.reshape(2, 4, 4), chosen], 1))
-        found = segmenter.prior_maps(support, levels, segmenter.similarity(levels))
+        found = segmenter.priors_of(support, segmenter.photo_maps(levels))
         torch.testing.assert_close(found[:, 0], expected)
 
 
@@ -604,8 +604,8 @@ class TestSecondLook:
         maps = segmenter.similarity(levels)
         for kind, looks_again in (("mask", False), ("box", True), ("label", True)):
             support = segmenter.encode_support(photos(1, 1), *marked(1, (kind,)))
-            once = segmenter.train().prior_maps(support, levels, maps)
-            twice = segmenter.eval().prior_maps(support, levels, maps)
+            once = segmenter.train().priors_of(support, segmenter.photo_maps(levels))
+            twice = segmenter.eval().priors_of(support, segmenter.photo_maps(levels))
             assert torch.equal(once, twice) != looks_again, kind
 
     def test_leaves_the_encoding_as_it_is(self, tiny_backbone: Backbone) -> None:

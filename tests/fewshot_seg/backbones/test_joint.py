@@ -69,7 +69,7 @@ def test_the_graphs_of_an_export_agree_with_the_model() -> None:
     masks = torch.zeros(2, 64, 96, dtype=torch.uint8)
     masks[:, 8:40, 16:48] = 1
     with torch.no_grad():
-        expected = segmenter.segment(segmenter.encode_support(supports[None], masks[None]), query)
+        expected = segmenter.segment(segmenter.encode_support(supports[None], masks[None]), query).logits
         logits, _ = QueryGraph(segmenter)(query, *SupportGraph(segmenter)(supports, masks))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 

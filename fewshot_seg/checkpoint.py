@@ -134,6 +134,7 @@ def save_segmenter(
         "decoder": decoder.description(),
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
         "base_learner": None if segmenter.base_learner is None else segmenter.base_learner.description(),
+        "guided": segmenter.guided,
         "prior": segmenter.prior,
         "attention": segmenter.attention,
         "threshold": segmenter.threshold,
@@ -174,6 +175,7 @@ def load_segmenter(
             temperature=description["temperature"],
             completion=None if completion is None else SupportCompletion(**completion),
             base_learner=None if base_learner is None else BaseLearner(**base_learner),
+            guided=bool(description.get("guided", False)),
         )
         resolution, notes = int(description["resolution"]), dict(description["notes"])
     except DataError:

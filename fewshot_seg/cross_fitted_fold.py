@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from episodes.folds import ClassSplit
+from episodes.protocols import list_pairs
+from episodes.sampler import drop_small_classes
 from episodes.types import DataError, SupportKind
 from fewshot_seg.cross_fitting import (
     keep_tensors,
@@ -26,22 +28,21 @@ from fewshot_seg.fold_data import Augment, ClassCells, FoldData, class_cells, gr
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.segmenter import FewShotSegmenter
 
-_MORE_GROUPS = 2
-"""Groups beside the held-out classes: three in all, as PASCAL-5i and COCO-20i have three folds of base classes."""
-
 
 def class_groups(data: FoldData) -> tuple[tuple[int, ...], ...]:
     """The base classes in three groups: those held out for choices, and the others in two halves.
 
-    For PASCAL-5i and in number for COCO-20i, these are the other folds.
+    For PASCAL-5i these are the other folds, and as many classes for COCO-20i. Without folds the halves are dealt in
+    turn: classes that follow each other often come from one place and look alike.
 
     Raises:
         DataError: too few base classes to hold some out.
     """
     held_out = data.choices.novel
     rest = [class_id for class_id in data.split.base if class_id not in held_out]
-    half = -(-len(rest) // _MORE_GROUPS)
-    return tuple(group for group in (held_out, tuple(rest[:half]), tuple(rest[half:])) if group)
+    half = -(-len(rest) // 2)
+    halves = (rest[::2], rest[1::2]) if data.fold is None else (rest[:half], rest[half:])
+    return tuple(group for group in (held_out, *map(tuple, halves)) if group)
 
 
 def train_cross_fitted(
@@ -129,7 +130,7 @@ def train_cross_fitted(
         others = tuple(class_id for class_id in data.split.base if class_id not in group)
         segmenter = embedded(others, (*group, *data.split.novel), f"group{number}")
         parts = []
-        for shots, count in decoder_episodes:
+        for shots, count in _drawable(data, group, decoder_episodes):
             drawn = group_episodes(data, group, shots=shots, count=count, seed=seed + 1, supports=supports)
             parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -157,6 +158,15 @@ def train_cross_fitted(
     segmenter.threshold = 0.0
     miou = _cell_miou(segmenter.eval().decoder, stored)
     return TrainedFold(segmenter=segmenter, selection=None, held_out_miou=miou, result=result)
+
+
+def _drawable(data: FoldData, group: Sequence[int], wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """What of (shots, number of episodes) a group has photos enough for; the first is asked for in any case."""
+    pairs = list_pairs(data.protocol, data.training_index, group)
+    repeat = data.protocol.repeat_supports
+    return [
+        one for one in wanted if one == wanted[0] or drop_small_classes(pairs, shots=one[0], repeat_supports=repeat)[0]
+    ]
 
 
 def _fit_base_learner(segmenter: FewShotSegmenter, cells: ClassCells, base: tuple[int, ...], seed: int) -> None:

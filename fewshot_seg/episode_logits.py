@@ -70,10 +70,12 @@ def segment_photo(
         shape: (H, W) of the photo.
         fit: how it was made square.
     """
-    levels, side = segmenter.backbone(square[None]), square.shape[-1]
     if fit == "squash":
-        return segmenter.segment_levels(support, levels, shape)
-    prediction = segmenter.segment_levels(support, levels, (side, side))
+        prediction = segmenter.segment_levels(support, segmenter.backbone(square[None]), shape)
+        photo = F.interpolate(square[None], shape, mode="bilinear", align_corners=False)
+        cells = (prediction.priors.shape[2], prediction.priors.shape[3])
+        return replace(prediction, logits=segmenter.follow_edges(prediction.logits, photo, cells))
+    prediction = segmenter.segment(support, square[None])
     logits, attention = (to_original(maps, shape, fit) for maps in (prediction.logits, prediction.attention))
     return replace(prediction, logits=logits, attention=attention)
 
@@ -104,7 +106,8 @@ def shot_logits(
         priors = segmenter.priors_of(support, photos)
         for name, decoder in decoders.items():
             logits = decoder(priors, photos.frozen, support.prototype)[:, None]
-            found[name].append(F.interpolate(logits, size, mode="bilinear", align_corners=False).cpu())
+            enlarged = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            found[name].append(_led(segmenter, enlarged, batch, priors).cpu())
     weights = photos.cells.new_ones(len(batch.specs), 1)
     if rule != "pooled":
         low_query, low_support = batch.query_levels[0], batch.support_levels[0]  # the finest level
@@ -112,6 +115,15 @@ def shot_logits(
     return ShotLogits(
         heads={name: torch.cat(maps, 1) for name, maps in found.items()}, weights=weights.cpu(), rule=rule
     )
+
+
+def _led(segmenter: FewShotSegmenter, logits: Tensor, batch: FeatureBatch, priors: Tensor) -> Tensor:
+    """Logits float (B, 1, S, S), following the edges of the photos where model and batch have what it takes."""
+    if not segmenter.guided or batch.query_photos is None or logits.shape[2] != logits.shape[3]:
+        return logits
+    photos = batch.query_photos(logits.shape[2]).to(logits.device)
+    cells = (priors.shape[2], priors.shape[3])
+    return segmenter.follow_edges(logits[:, 0], photos, cells)[:, None]
 
 
 def _encode(segmenter: FewShotSegmenter, batch: FeatureBatch, alone: int | None) -> SupportEncoding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, overload
 
 import numpy as np
@@ -70,6 +71,8 @@ class FeatureBatch:
         query_masks: uint8 (B, S, S), 255 = ignore.
         specs: the episodes.
         stored: where all this came from, if it is kept somewhere.
+        query_photos: query_photos(S) gives the queries' photos at a square size, float32 (B, 3, S, S), on the CPU; None
+            where nobody asks for them.
     """
 
     support_levels: Sequence[Tensor]
@@ -80,6 +83,7 @@ class FeatureBatch:
     query_masks: Tensor
     specs: tuple[EpisodeSpec, ...]
     stored: StoredPhotos | None = None
+    query_photos: Callable[[int], Tensor] | None = None
 
     @property
     def class_ids(self) -> tuple[int, ...]:
@@ -121,6 +125,8 @@ class CachedEpisodes:
         mirror: mirror supports and queries half of the time, by the episode's seed. Mirrored features stand in
             for the features of the mirrored photo; the two differ slightly, which costs nothing as augmentation.
         supports: how supports are marked; of several, each support gets one by the episode's seed.
+        photos: photos(image_ids, S) reads photos at a square size, float32 (N, 3, S, S); for batches that are to know
+            their queries' photos.
     """
 
     def __init__(
@@ -131,7 +137,9 @@ class CachedEpisodes:
         *,
         mirror: bool = False,
         supports: Sequence[SupportKind] = ("mask",),
+        photos: Callable[[Sequence[str], int], Tensor] | None = None,
     ) -> None:
+        self._photos = photos
         self._store, self._masks, self._specs, self._mirror = store, masks, specs, mirror
         self._supports = checked_kinds(supports)
 
@@ -177,6 +185,7 @@ class CachedEpisodes:
             query_masks=query_masks,
             specs=specs,
             stored=None if self._mirror else StoredPhotos(features=self._store, masks=self._masks, kinds=tuple(kinds)),
+            query_photos=None if self._mirror or self._photos is None else partial(self._photos, query_ids),
         )
 
 

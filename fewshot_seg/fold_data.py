@@ -48,6 +48,11 @@ class FoldData(FoldLists):
     training_masks: MaskStore
     resolution: int
 
+    def photos(self, image_ids: Sequence[str], size: int) -> Tensor:
+        """Photos of the evaluation at a square size, float32 (N, 3, S, S) in [0, 1], made square by the protocol."""
+        transform = EpisodeTransform("none", size, self.protocol.fit)
+        return torch.stack([transform.photo(self.source.image(image_id)) for image_id in image_ids])
+
 
 def open_fold(
     source: MaskSource,
@@ -169,7 +174,7 @@ def stored_episodes(
 ) -> FeatureEpisodes:
     """Episodes of given specs, from stored features, which are computed first where they are missing."""
     _compute_features(data, specs, show_progress)
-    return CachedEpisodes(data.store, data.masks, specs, supports=(support,))
+    return CachedEpisodes(data.store, data.masks, specs, supports=(support,), photos=data.photos)
 
 
 def _compute_features(data: FoldData, specs: Sequence[EpisodeSpec], show_progress: bool) -> None:
@@ -204,7 +209,8 @@ def group_episodes(
     foreign = sorted(set(classes) - set(data.split.base))
     if foreign:
         raise DataError(f"classes {foreign} are not among the base classes; novel classes must not train anything")
-    pairs = list_pairs(data.protocol, data.training_index, classes)
+    allowed = training_pairs(data.protocol, data.training_index, data.split)  # some protocols shut photos out
+    pairs = [(image_id, class_id) for image_id, class_id in allowed if class_id in classes]
     specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
     _compute_features(data, specs, show_progress)
     return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)

@@ -19,6 +19,7 @@ from episodes.types import IGNORE, DataError, UInt8Array
 from fewshot_seg.attention import scale_map
 from fewshot_seg.competition import compete
 from fewshot_seg.episode_logits import to_original
+from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
 from fewshot_seg.photos import Photo, open_photo
 from fewshot_seg.pictures import FloatArray
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
@@ -54,11 +55,14 @@ class CoarseMargins:
         whole: float (V, N, h, w) of the whole photo; V is 2 where the second one is of the mirrored photo, else 1.
         parts: float (V, N, h, w) of each tile.
         tiles: where they lie in the photo; none where it is looked at as a whole only.
+        guide: the photo whose edges the margins are to follow, float (1, 3, h', w') in [0, 1]; None for a bilinear
+            enlargement alone.
     """
 
     whole: Tensor
     parts: tuple[Tensor, ...] = ()
     tiles: tuple[Tile, ...] = ()
+    guide: Tensor | None = None
 
 
 class _Squares(threading.local):
@@ -262,8 +266,9 @@ class Predictor:
 
         A tile has as many pixels of the photo itself as asked for: less where a reduced copy is worked on.
         """
+        guide = _guide(photo.pixels) if self._segmenter.guided else None
         if self._tile is None:
-            return CoarseMargins(whole=whole)
+            return CoarseMargins(whole=whole, guide=guide)
         shape = (photo.pixels.shape[0], photo.pixels.shape[1])
         tiles, views = cut_tiles(shape, max(1, round(self._tile * photo.scale))), len(whole)
         together, parts = 1 if self.device.type == "cpu" else _GPU_TILES, list[Tensor]()
@@ -272,7 +277,7 @@ class Predictor:
             squares = torch.cat([self.squares(np.ascontiguousarray(pixels)) for pixels in cut])
             margins = self.coarse_margins(squares)
             parts.extend(margins.reshape(len(cut), views, *margins.shape[1:]))
-        return CoarseMargins(whole=whole, parts=tuple(parts), tiles=tiles)
+        return CoarseMargins(whole=whole, parts=tuple(parts), tiles=tiles, guide=guide)
 
     def margins_of(self, coarse: CoarseMargins, shape: tuple[int, int]) -> Iterator[Tensor]:
         """Margins at a photo's size (H, W), float (H, W) of one class after another; see the class for the rule."""
@@ -284,7 +289,7 @@ class Predictor:
                     for part, tile in zip(coarse.parts, coarse.tiles, strict=True)
                 )
                 margin = (margin + blend_tiles(each, coarse.tiles, shape)) / 2
-            yield margin
+            yield margin if coarse.guide is None else _led(margin, coarse)
 
     def _mean_of_views(self, views: Tensor, shape: tuple[int, int]) -> Tensor:
         margin = self._enlarged(views[0], shape)
@@ -335,6 +340,36 @@ class Predictor:
         saved = load_support(path, self._segmenter, resolution=self._size, fit=self._fit)
         self._keep(name, saved.encoding)
         return saved.names
+
+
+_GUIDE_SIDE = 2048
+"""Edges are followed at most at this size: coefficients and photo need 30 bytes a pixel."""
+
+
+def _guide(pixels: UInt8Array) -> Tensor:
+    """uint8 (H, W, 3) -> float (1, 3, h, w) in [0, 1], reduced where it is very large."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, _GUIDE_SIDE / max(height, width))
+    if scale < 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def _led(margin: Tensor, coarse: CoarseMargins) -> Tensor:
+    """A margin float (H, W) that follows the edges of its photo."""
+    assert coarse.guide is not None
+    size, cells = (coarse.guide.shape[2], coarse.guide.shape[3]), coarse.whole.shape[2:]
+    # with tiles the margin is as fine as those are: their part of the photo takes as many cells as the whole photo does
+    finer = min(margin.shape[0] / tile.height for tile in coarse.tiles) if coarse.tiles else 1.0
+    working = (round(cells[0] * PIXELS_PER_CELL * finer), round(cells[1] * PIXELS_PER_CELL * finer))
+    reduced = margin[None, None]
+    if margin.shape != size:
+        reduced = F.interpolate(reduced, size, mode="bilinear", align_corners=False)
+    led = guided_margins(reduced[0], coarse.guide, working)[None]
+    if margin.shape != size:
+        led = F.interpolate(led, margin.shape, mode="bilinear", align_corners=False)
+    return led[0, 0]
 
 
 def enlarge_labels(labels: UInt8Array, shape: tuple[int, int]) -> UInt8Array:

@@ -263,7 +263,8 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
     Raises:
         DataError: bad data; a folder with an earlier run (without `resume`) or with other settings (with it).
     """
-    on_first(lambda: check_folder(config, (MODEL_NAME, CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}")))
+    begun = (CHECKPOINT_NAME, f"selection/{CHECKPOINT_NAME}", f"group0/{CHECKPOINT_NAME}")
+    on_first(lambda: check_folder(config, (MODEL_NAME, *begun)))
     backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights).to(device)
     accelerate(backbone, size=config.resolution or 400, precision=config.precision, compiled=config.compile)
     data = open_data(

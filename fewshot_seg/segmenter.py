@@ -22,6 +22,7 @@ from fewshot_seg.backbones import Backbone
 from fewshot_seg.base_learner import EVIDENCE_CHANNELS, BaseLearner, class_profile, photo_evidence
 from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
+from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
 from fewshot_seg.priors import (
     PRIOR_CHANNELS,
     TEMPERATURE,
@@ -180,6 +181,7 @@ class FewShotSegmenter(nn.Module):
         temperature: of the soft margin.
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
         base_learner: knows the base classes; with it, the decoder reads `EVIDENCE_MAPS` beside the similarity's maps.
+        guided: logits follow the edges of the photo, where there is one (`guided_upsampling`).
 
     Raises:
         DataError: decoder, prior, completion, similarity network and backbone do not fit together, a temperature that
@@ -198,6 +200,7 @@ class FewShotSegmenter(nn.Module):
         temperature: float = TEMPERATURE,
         completion: SupportCompletion | None = None,
         base_learner: BaseLearner | None = None,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         if prior not in PRIOR_KINDS:
@@ -225,7 +228,7 @@ class FewShotSegmenter(nn.Module):
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
         self.completion, self.base_learner = completion, base_learner
         self.prior, self.attention = prior, attention
-        self.threshold, self.temperature = threshold, temperature
+        self.threshold, self.temperature, self.guided = threshold, temperature, guided
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that training may change: similarity network (unless frozen), decoder, and what else there is."""
@@ -335,10 +338,26 @@ class FewShotSegmenter(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3:
             raise DataError(f"expected query images (B, 3, H, W), got {tuple(images.shape)}")
-        return self.segment_levels(support, self.backbone(images), (images.shape[2], images.shape[3]))
+        levels = self.backbone(images)
+        prediction = self.segment_levels(support, levels, (images.shape[2], images.shape[3]))
+        cells = (prediction.priors.shape[2], prediction.priors.shape[3])
+        return replace(prediction, logits=self.follow_edges(prediction.logits, images, cells))
+
+    def follow_edges(self, logits: Tensor, photos: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Logits float (B, H, W) that were enlarged bilinearly, led by their photos if the model is `guided`.
+
+        Args:
+            logits: of `segment_levels`.
+            photos: float (B, 3, H, W), RGB in [0, 1].
+            cells: (h, w) of the grid that the logits come from.
+        """
+        if not self.guided:
+            return logits
+        working = (cells[0] * PIXELS_PER_CELL, cells[1] * PIXELS_PER_CELL)
+        return guided_margins(logits - self.threshold, photos, working) + self.threshold
 
     def segment_levels(self, support: SupportEncoding, levels: Sequence[Tensor], size: tuple[int, int]) -> Prediction:
-        """As `segment`, from frozen features; `size` is (H, W) of the logits."""
+        """As `segment`, from frozen features, which show no edges; `size` is (H, W) of the logits."""
         support = support.expand(len(levels[0]))
         photos = self.photo_maps(levels)
         maps, priors = photos.cells, self.priors_of(support, photos)
@@ -522,8 +541,8 @@ def build_segmenter(
     """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`.
 
     `completion` adds a `SupportCompletion`, for training with weak supports. With `base_classes`, the model has a
-    `BaseLearner` of so many classes and a `ContextDecoder`, for `fewshot_seg.cross_fitting`; the arguments of
-    `MaskDecoder` are not used then.
+    `BaseLearner` of so many classes, a `ContextDecoder` and guided upsampling, for `fewshot_seg.cross_fitting`; the
+    arguments of `MaskDecoder` are not used then.
 
     A `similarity` network that was trained before takes the place of a new one. Training goes on with it unless its
     parameters do not require gradients.
@@ -553,6 +572,7 @@ def build_segmenter(
         attention=attention,
         completion=SupportCompletion(feature_channels=width, seed=seed) if completion else None,
         base_learner=BaseLearner(feature_channels=width, classes=base_classes) if base_classes else None,
+        guided=base_classes > 0,
     )
 
 

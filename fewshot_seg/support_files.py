@@ -99,7 +99,7 @@ def load_support(path: Path, segmenter: FewShotSegmenter, *, resolution: int, fi
     if description.get("kind") != _KIND:
         raise DataError(f"{path} holds a model, not a support set; give a file of --save-support")
     _check_origin(path, description, segmenter, resolution, fit)
-    expected = _shapes(tensors)
+    expected = _shapes(tensors, 0 if segmenter.base_learner is None else segmenter.base_learner.classes)
     if expected is None or any(
         tensors[name].shape != shape
         or not tensors[name].is_floating_point()
@@ -135,7 +135,7 @@ def _tensors(encoding: SupportEncoding) -> dict[str, Tensor]:
     return {field.name: getattr(encoding, field.name) for field in fields(encoding)}
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
+def _shapes(tensors: dict[str, Tensor], classes: int) -> dict[str, tuple[int, ...]] | None:
     """The shapes that fit together with those of `frozen` and `cells`; None where these are not there or no such."""
     if tensors.keys() != {field.name for field in fields(SupportEncoding)}:
         return None
@@ -149,5 +149,5 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
         **dict.fromkeys(("foreground_embedding", "background_embedding"), (1, embedded)),
         "prototype": (1, width),
         "frozen": (1, shots, width, height, breadth),
-        "profile": (1, tensors["profile"].shape[-1] if tensors["profile"].dim() == 2 else -1),
+        "profile": (1, classes),
     }

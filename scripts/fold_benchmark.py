@@ -22,7 +22,7 @@ from render_results import fold_means, merge_records, provenance, render
 from episodes.episode_files import fingerprint_episodes
 from episodes.protocols import get_protocol
 from episodes.sources import CocoSource, VocSource
-from episodes.types import FoldedDataset, MaskSource
+from episodes.types import FoldedDataset, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.config import default_cache
@@ -146,7 +146,7 @@ def _variant(name: str, data: FoldData, folder: Path, shots: Sequence[int], quic
         drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
         chosen = choose_thresholds(trained.selection, READOUTS, drawn)
         heads |= {f"{key}, trained": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
-    records = _scored(trained.segmenter, heads, data, quick, shots)
+    records = scored(trained.segmenter, heads, data, quick, shots)
     timing = folder / name / "timing.json"  # a resumed run only knows its own last part
     if len(trained.result.losses) == steps:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -172,19 +172,21 @@ def _training_free(data: FoldData, quick: bool) -> list[dict[str, Any]]:
     drawn = held_out_episodes(data, shots=1, count=20 if quick else HELD_OUT_EPISODES, seed=0)
     chosen = choose_thresholds(segmenter, READOUTS, drawn)
     heads = {f"{key}, training-free": (READOUTS[key], threshold) for key, (threshold, _) in chosen.items()}
-    return _scored(segmenter, heads, data, quick, (1,))
+    return scored(segmenter, heads, data, quick, (1,))
 
 
-def _scored(
+def scored(
     segmenter: FewShotSegmenter,
     heads: dict[str, tuple[Decoder, float]],
     data: FoldData,
     quick: bool,
     shots: Sequence[int],
+    support: SupportKind = "mask",
 ) -> list[dict[str, Any]]:
+    """Records of several heads of a model over the novel classes' episodes."""
     records = []
     for shot_count in shots:
-        drawn = evaluation_episodes(data, shots=shot_count, count=20 if quick else None)
+        drawn = evaluation_episodes(data, shots=shot_count, count=20 if quick else None, support=support)
         scored = evaluate_heads(
             segmenter.eval(), heads, drawn, scoring_size=data.protocol.scoring_size, source=data.source
         )

@@ -27,6 +27,7 @@ from fewshot_seg.checkpoint import (
     write_tensors,
 )
 from fewshot_seg.completion import SupportCompletion
+from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.segmenter import FewShotSegmenter, Prediction, build_segmenter, training_free
 from fewshot_seg.similarity import SimilarityNetwork
 
@@ -38,6 +39,8 @@ KINDS = (
     "completion",
     "pfenet with completion",
     "readout with completion",
+    "base learner",
+    "base learner with completion",
 )
 
 
@@ -61,8 +64,13 @@ def make(backbone: Backbone, kind: str) -> FewShotSegmenter:
         "readout with completion": lambda: training_free(
             backbone, completion=SupportCompletion(feature_channels=sum(backbone.channels), width=16, appearance=3)
         ),
+        "base learner": lambda: build_segmenter(backbone, base_classes=3, **small),
+        "base learner with completion": lambda: build_segmenter(backbone, base_classes=2, completion=True, **small),
     }
     segmenter = disturbed(made[kind]())
+    if isinstance(segmenter.decoder, ContextDecoder):
+        maps = segmenter.decoder.prior_channels
+        segmenter.decoder.fit_scales(torch.randn(5, maps, 4, 4, generator=torch.Generator().manual_seed(4)))
     segmenter.threshold = 0.25
     return segmenter
 
@@ -128,6 +136,34 @@ class TestRoundTrip:
         completion = load_segmenter(path).segmenter.completion
         assert completion is not None
         assert completion.description() == segmenter.completion.description()
+
+    def test_a_base_learner_is_in_the_file_with_its_sizes_and_the_decoders_scales(
+        self, tmp_path: Path, tiny_backbone: Backbone
+    ) -> None:
+        segmenter, path = make(tiny_backbone, "base learner"), tmp_path / "model"
+        save_segmenter(path, segmenter, backbone_weights="random", resolution=64)
+        tensors, description = read_tensors(path)
+        assert {name.split(".")[0] for name in tensors} == {"similarity", "decoder", "base_learner"}
+        assert description["base_learner"] == {"feature_channels": sum(tiny_backbone.channels), "classes": 3}
+        loaded = load_segmenter(path).segmenter
+        assert isinstance(loaded.decoder, ContextDecoder)
+        assert not torch.equal(loaded.decoder.scale, torch.ones(10))
+        assert loaded.base_learner is not None
+        assert loaded.base_learner.classes == 3
+        for name, tensor in trained_tensors(segmenter).items():
+            assert torch.equal(trained_tensors(loaded)[name], tensor), name
+
+    def test_a_file_of_before_there_were_base_learners(self, model: Path, tiny_backbone: Backbone) -> None:
+        rewrite(model, lambda _, told: told.pop("base_learner"))
+        loaded = load_segmenter(model).segmenter
+        assert loaded.base_learner is None
+        assert torch.equal(predict(loaded).logits, predict(make(tiny_backbone, "ours")).logits)
+
+    def test_a_file_that_lost_its_base_learner(self, tmp_path: Path, tiny_backbone: Backbone) -> None:
+        path = tmp_path / "model"
+        save_segmenter(path, make(tiny_backbone, "base learner"), backbone_weights="random", resolution=64)
+        rewrite(path, lambda tensors, _: tensors.pop("base_learner.bias"))
+        assert_refused(path, "does not fit this model: 1 tensors differ, first base_learner.bias")
 
     def test_a_file_of_before_there_were_completions(self, model: Path, tiny_backbone: Backbone) -> None:
         rewrite(model, lambda _, told: told.pop("completion"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import fewshot_seg.training
 from episodes.sources import SyntheticSource
+from episodes.types import DataError
 from fewshot_seg.cli import main
 from fewshot_seg.config import (
     Config,
@@ -41,7 +42,18 @@ from fewshot_seg.config import (
 
 TINY = ("--backbone", "mobilenetv3_small_050", "--backbone-weights", "random")
 SIZE = ("--resolution", "64")
-SHORT = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--validation-episodes", "8", "--training", "joint")
+SHORT = (
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--checkpoint-every",
+    "2",
+    "--validation-episodes",
+    "8",
+    "--training",
+    "joint",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +198,46 @@ def test_prior_alone_gets_its_threshold_from_base_classes(
 
 
 @pytest.mark.usefixtures("_few_pictures")
+@pytest.mark.usefixtures("_few_pictures")
+def test_train_by_cross_fitting_and_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default training; killed with a group done, refused with other settings, resumed, evaluated."""
+    out = tmp_path / "run"
+    arguments = ["train", "--data", "synthetic", *TINY, *SIZE, "--out", str(out), "--batch-size", "2"]
+    short = ["--steps", "2", "--decoder-steps", "3", "--decoder-episodes", "4"]
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise DataError("disk gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewshot_seg.cross_fitted_fold.train_decoder", dies)
+        assert error_of(*arguments, *short) == "disk gone"
+    assert "holds an earlier run (group0/checkpoint.safetensors); go on" in error_of(*arguments, *short)
+    changed = [*short[:-1], "5"]
+    assert "decoder_episodes was 4, now 5" in error_of(*arguments, *changed, "--resume")
+    assert main([*arguments, *short, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"threshold 0.000: mIoU +\d+\.\d on base classes that the embedding had not seen", printed)
+    assert f"model: {out / 'model.safetensors'}" in printed
+    record = read(out / "run.json")
+    assert record["configuration"]["training"] is None
+    assert record["results"]["steps"] == 3
+    assert record["results"]["threshold"] == 0
+    assert {name.split(".")[0] for name in load_file(out / "model.safetensors")} == {
+        "similarity",
+        "decoder",
+        "base_learner",
+    }
+    scored, model = tmp_path / "scored", str(out / "model.safetensors")
+    data = ["--data", "synthetic", "--count", "6", "--shots", "2", "--support-cells", "20"]
+    assert main(["evaluate", *data, "--model", model, "--out", str(scored)]) == 0
+    evaluation = read(scored / "evaluation.json")
+    assert evaluation["threshold"] == 0
+    assert 0 <= evaluation["miou"][0] <= 100
+    assert len(evaluation["episodes"]) == 6
+
+
 def test_synthetic_data_needs_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--data", "synthetic", *TINY, *SIZE, "--threshold", "0", "--count", "1"]
     assert main([*arguments, "--out", str(tmp_path / "why")]) == 0

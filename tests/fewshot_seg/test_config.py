@@ -187,6 +187,45 @@ def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
         TrainConfig(**{"data": "synthetic", **values})
 
 
+class TestCrossFits:
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ({}, True),
+            ({"supports": ("mask", "box")}, True),
+            ({"training": "cross-fit"}, True),
+            ({"training": "joint"}, False),
+            ({"similarity_rank": 0}, False),  # nothing of the similarity network is trained
+            ({"similarity": Path("s.safetensors")}, False),
+            ({"prior": "pfenet"}, False),
+            ({"prior": "none", "appearance": 4}, False),
+        ],
+    )
+    def test_by_default_where_the_similarity_network_is_trained(self, values: dict[str, Any], expected: bool) -> None:
+        assert TrainConfig(data="synthetic", **values).cross_fits == expected
+
+    @pytest.mark.parametrize(
+        "values", [{"prior": "pfenet"}, {"prior": "none", "appearance": 4}, {"similarity": Path("s.safetensors")}]
+    )
+    def test_refuses_what_it_cannot_train(self, values: dict[str, Any]) -> None:
+        message = "--training cross-fit trains the similarity network: it needs --prior similarity, and no --similarity"
+        with pytest.raises(DataError, match=message):
+            TrainConfig(data="synthetic", training="cross-fit", **values)
+        assert not TrainConfig(data="synthetic", training="joint", **values).cross_fits
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"training": "stacked"}, "--training must be one of cross-fit, joint; got 'stacked'"),
+            ({"decoder_steps": 0}, "--decoder-steps must be at least 1, got 0"),
+            ({"decoder_episodes": 0}, "--decoder-episodes must be at least 1, got 0"),
+        ],
+    )
+    def test_values_out_of_range(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            TrainConfig(data="synthetic", **values)
+
+
 class TestEpisodesFile:
     def test_a_number_is_for_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DataError, match="--episodes 100: no such file; the number of episodes is --count"):

@@ -75,7 +75,7 @@ def logits(
 
 @pytest.mark.parametrize("rule", ["pooled", "vote", "reweighted"])
 @pytest.mark.parametrize("supports", [("mask",), KINDS])
-@pytest.mark.parametrize("model", ["plain", "appearance", "completion", "no prior"])
+@pytest.mark.parametrize("model", ["plain", "appearance", "completion", "no prior", "base learner", "all"])
 def test_equals_encoding_every_episode_anew(
     tiny_backbone: Backbone, parts: Episodes, model: str, supports: tuple[SupportKind, ...], rule: ShotRule
 ) -> None:
@@ -84,6 +84,8 @@ def test_equals_encoding_every_episode_anew(
         "appearance": {"appearance": 4},
         "completion": {"completion": True},
         "no prior": {"prior": "none", "appearance": 4},
+        "base learner": {"base_classes": 3},
+        "all": {"base_classes": 3, "completion": True},
     }
     segmenter = shaken(build_segmenter(tiny_backbone, decoder_width=8, decoder_blocks=1, **built[model]))  # type: ignore[arg-type]
     batches = list(episodes_of(*parts, supports=supports).batches(4))
@@ -91,6 +93,79 @@ def test_equals_encoding_every_episode_anew(
     found = logits(segmenter, batches, EncodedPhotos(segmenter), rule)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.01
+
+
+def priors(
+    segmenter: FewShotSegmenter, batch: FeatureBatch, encoded: EncodedPhotos | None, alone: int | None
+) -> Tensor:
+    if encoded is not None:
+        return segmenter.priors_of(encoded.supports(batch, alone), encoded.queries(batch))
+    which = slice(None) if alone is None else slice(alone, alone + 1)
+    shots = batch.support_masks.shape[1]
+    levels = [level.reshape(-1, shots, *level.shape[1:])[:, which].flatten(0, 1) for level in batch.support_levels[:]]
+    support = segmenter.encode_support_levels(levels, batch.support_masks[:, which], batch.support_dense[:, which])
+    return segmenter.priors_of(support, segmenter.photo_maps(batch.query_levels))
+
+
+class TestWithBaseLearner:
+    @pytest.fixture
+    def learned(self, tiny_backbone: Backbone) -> FewShotSegmenter:
+        return shaken(build_segmenter(tiny_backbone, base_classes=3, completion=True))
+
+    @pytest.mark.parametrize(("shots", "alone"), [(1, None), (2, None), (2, 0), (2, 1)])
+    @pytest.mark.parametrize("supports", [("mask",), ("box", "label")])
+    @torch.no_grad()
+    def test_the_decoder_reads_the_same(
+        self,
+        learned: FewShotSegmenter,
+        parts: Episodes,
+        supports: tuple[SupportKind, ...],
+        shots: int,
+        alone: int | None,
+    ) -> None:
+        encoded = EncodedPhotos(learned)
+        for batch in episodes_of(*parts, shots=shots, supports=supports).batches(4):
+            expected = priors(learned, batch, None, alone)
+            assert expected.shape[1] == 11
+            torch.testing.assert_close(priors(learned, batch, encoded, alone), expected, rtol=1e-4, atol=1e-4)
+            assert (expected.flatten(2).std(dim=2) > 1e-3).all()
+
+    @torch.no_grad()
+    def test_enough_support_cells_change_nothing(self, learned: FewShotSegmenter, parts: Episodes) -> None:
+        batch = next(episodes_of(*parts, shots=2).batches(10))
+        expected = priors(learned, batch, EncodedPhotos(learned), None)
+        assert torch.equal(priors(learned, batch, EncodedPhotos(learned, support_cells=32), None), expected)
+
+    @torch.no_grad()
+    def test_fewer_support_cells_come_close(self, learned: FewShotSegmenter, parts: Episodes) -> None:
+        """Cells and frozen cells are condensed together: the same groups of the same weight."""
+        batch = next(episodes_of(*parts, shots=2).batches(10))
+        encoded = EncodedPhotos(learned, support_cells=20)
+        support, exact = encoded.supports(batch), EncodedPhotos(learned).supports(batch)
+        assert support.cells.shape[1] == support.frozen_cells.shape[1] <= 20 < exact.cells.shape[1]
+        torch.testing.assert_close(support.foreground.sum(dim=1), exact.foreground.sum(dim=1))
+        torch.testing.assert_close(support.profile, exact.profile)
+        held = support.foreground + support.background > 0
+        lengths = support.frozen_cells.norm(dim=2)[held]
+        assert 0.8 < lengths.min() <= lengths.max() < 1.2
+        found, expected = (priors(learned, batch, one, None) for one in (encoded, EncodedPhotos(learned)))
+        for channel in (0, 6):  # both soft margins
+            difference = (found[:, channel] - expected[:, channel]).abs().mean()
+            assert 0 < difference < 0.5 * expected[:, channel].std()
+        torch.testing.assert_close(found[:, 7:], expected[:, 7:])  # nothing of these is compared cell by cell
+
+    def test_frozen_cells_are_counted(self, learned: FewShotSegmenter, parts: Episodes) -> None:
+        batch = next(episodes_of(*parts, shots=1).batches(1))
+        bytes_of = []
+        for limit in (None, 6):
+            encoded = EncodedPhotos(learned, support_cells=limit)
+            encoded.queries(batch)
+            before = encoded._bytes
+            support = encoded.supports(batch)
+            photo = encoded._photo(batch.stored, batch.specs[0].support_ids[0])  # type: ignore[arg-type]
+            bytes_of.append(encoded._bytes - before - photo.nbytes)
+        assert bytes_of[1] >= 2 * support.cells.nbytes > 0  # condensed cells are a copy of both kinds
+        assert bytes_of[0] < 2 * support.cells.nbytes
 
 
 def test_every_photo_is_read_and_encoded_once(

@@ -24,8 +24,17 @@ from episodes.protocols import Fit
 from episodes.types import DataError, UInt8Array
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.cli import main
+from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.export import METADATA_NAME, QUERY_NAME, SUPPORT_NAME, export_segmenter
-from fewshot_seg.onnx_graphs import EMBEDDING, QueryGraph, SameConvolution, SupportGraph, bin_means, whole_priors
+from fewshot_seg.onnx_graphs import (
+    EMBEDDING,
+    EVIDENCE_EMBEDDING,
+    QueryGraph,
+    SameConvolution,
+    SupportGraph,
+    bin_means,
+    whole_priors,
+)
 from fewshot_seg.prediction import Predictor
 from fewshot_seg.priors import similarity_priors
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
@@ -77,12 +86,17 @@ def trained(**arguments: Any) -> FewShotSegmenter:
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    if isinstance(segmenter.decoder, ContextDecoder):
+        maps = torch.randn(9, segmenter.decoder.prior_channels, 5, 5, generator=generator)
+        segmenter.decoder.fit_scales(2 * maps + 1)
+    segmenter.guided = False  # the graphs give the logits as they are before they follow the photo's edges
     segmenter.threshold = 0.4
     return segmenter
 
 
 MODELS = {
     "decoder with appearance and completion": lambda: trained(appearance=4, completion=True),
+    "base learner and completion": lambda: trained(base_classes=3, completion=True),
     "soft margin alone": lambda: training_free(tiny(), threshold=0.0).eval(),
 }
 
@@ -109,8 +123,9 @@ class Exported:
         )
 
     def encode(self, images: Tensor, masks: Tensor) -> dict[str, Any]:
-        found = self.support.run(list(EMBEDDING), {"images": images.numpy(), "masks": masks.numpy()})
-        return dict(zip(EMBEDDING, found, strict=True))
+        names = list(self.metadata["graphs"]["support"]["outputs"])
+        found = self.support.run(names, {"images": images.numpy(), "masks": masks.numpy()})
+        return dict(zip(names, found, strict=True))
 
     def check(self, shots: int, batch: int, height: int, width: int) -> None:
         images, masks, queries = episode(shots, batch, height, width)
@@ -206,7 +221,8 @@ class TestGraphs:
             found = SupportGraph(segmenter)(images, masks)
             logits = QueryGraph(segmenter)(queries, *found)[0]
             expected = segmenter.segment(support, queries).logits
-        for name, one in zip(EMBEDDING, found, strict=True):
+        names = EMBEDDING if segmenter.base_learner is None else EVIDENCE_EMBEDDING
+        for name, one in zip(names, found, strict=True):
             torch.testing.assert_close(one, getattr(support, name)[0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 

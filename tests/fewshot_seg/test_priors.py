@@ -14,6 +14,7 @@ from torch import Tensor
 from fewshot_seg.attention import gradient_attention, scale_map
 from fewshot_seg.priors import (
     PRIOR_CHANNELS,
+    blockwise_soft_margin,
     nearest_similarity,
     pfenet_prior,
     similarity_priors,
@@ -60,6 +61,17 @@ class TestSoftMargin:
         margin = soft_margin(query, support, foreground, background, temperature=temperature)
         expected = loop_soft_margin(query, support, foreground, background, temperature)
         torch.testing.assert_close(margin, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("block", [1, 13, 2**19])
+    def test_block_by_block_it_is_the_same(self, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fewshot_seg.priors._BLOCK", block)  # of 6 cosines a row: 1, 2 and all rows at a time
+        query, support = unit(3, 5, WIDTH, seed=0), unit(3, 6, WIDTH, seed=1)
+        sides = share(3, 6, seed=2), share(3, 6, seed=3)
+        sides[1][1] = 0  # a side that no support shows
+        found = blockwise_soft_margin(query, support, *sides, temperature=0.1)
+        expected = soft_margin(query, support, *sides, temperature=0.1)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert expected[1].min() > 5
 
     def test_large_temperature_is_the_prototype_margin(self) -> None:
         query, support = unit(1, 5, WIDTH, seed=0), unit(1, 6, WIDTH, seed=1)

@@ -468,6 +468,28 @@ class TestTrain:
         call("evaluate", *data, *model, *out, "--novel-classes", "cat")
         assert read(tmp_path / "o" / "evaluation.json")["threshold_origin"] == "of the model"
 
+    def test_own_folder_by_cross_fitting(self, tmp_path: Path) -> None:
+        """Two base classes of four photos: two groups, and no 5-shot episodes."""
+        data, run = write_folder(tmp_path / "d"), tmp_path / "run"
+        short = ("--steps", "1", "--batch-size", "2", "--decoder-steps", "2", "--decoder-episodes", "3")
+        call("train", *TINY, *short, *data, "--novel-classes", "cat", "--out", run)
+        segmenter = load_segmenter(run / "model.safetensors").segmenter
+        assert segmenter.base_learner is not None
+        assert segmenter.base_learner.classes == 2
+        call(
+            "evaluate",
+            *data,
+            "--model",
+            run / "model.safetensors",
+            "--novel-classes",
+            "cat",
+            "--count",
+            "4",
+            "--out",
+            tmp_path / "o",
+        )
+        assert set(read(tmp_path / "o" / "evaluation.json")["per_class"]) == {"cat"}
+
     def test_classes_of_another_folder_go_by_name(self, tmp_path: Path) -> None:
         call("train", *TINY, *SHORT, *write_folder(tmp_path / "a"), "--novel-classes", "cat", "--out", tmp_path / "run")
         data = write_folder(tmp_path / "b")

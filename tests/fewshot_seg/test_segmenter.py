@@ -15,12 +15,15 @@ from episodes.annotations import derive_annotation
 from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, SupportKind
 from fewshot_seg.attention import ATTENTION_KINDS, AttentionKind, gradient_attention, scale_map, score_direction
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.base_learner import BaseLearner, class_profile, photo_evidence
 from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
-from fewshot_seg.decoder import MaskDecoder, PriorReadout
-from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior, similarity_priors
+from fewshot_seg.decoder import ContextDecoder, MaskDecoder, PriorReadout
+from fewshot_seg.priors import PRIOR_CHANNELS, TEMPERATURE, pfenet_prior, similarity_priors, soft_margin
 from fewshot_seg.segmenter import (
+    EVIDENCE_MAPS,
     PRIOR_KINDS,
     FewShotSegmenter,
+    PhotoMaps,
     PriorKind,
     SupportEncoding,
     build_segmenter,
@@ -85,7 +88,9 @@ def assert_equal(left: Any, right: Any) -> None:
 def segmenter(request: pytest.FixtureRequest, tiny_backbone: Backbone) -> FewShotSegmenter:
     """The model that the contract's subclass names."""
     options = request.cls.options
-    return disturbed(build_segmenter(tiny_backbone, similarity_rank=4, decoder_width=8, decoder_blocks=1, **options))
+    built = build_segmenter(tiny_backbone, similarity_rank=4, decoder_width=8, decoder_blocks=1, **options)
+    built.guided = False  # edges of photos are another matter
+    return disturbed(built)
 
 
 class SegmenterContract:
@@ -102,7 +107,11 @@ class SegmenterContract:
         assert support.frozen_foreground.shape == support.frozen.shape[:2] + support.frozen.shape[3:]
         prediction = segmenter.segment(support, photos(2, seed=1))
         assert prediction.logits.shape == prediction.attention.shape == prediction.masks.shape == (2, SIZE, SIZE)
-        maps = prior_channels(segmenter.prior, completion=segmenter.completion is not None)
+        maps = prior_channels(
+            segmenter.prior,
+            completion=segmenter.completion is not None,
+            base_learner=segmenter.base_learner is not None,
+        )
         assert prediction.priors.shape == (2, maps, 4, 4)
         assert prediction.logits.dtype == torch.float32
         assert prediction.masks.dtype == torch.bool
@@ -417,6 +426,83 @@ class TestNoPriorWithCompletion(SegmenterContract):
     options = {"prior": "none", "appearance": 4, "completion": True}  # noqa: RUF012 - read only
 
 
+class BaseLearnerContract(SegmenterContract):
+    """What a model with a base learner keeps beside."""
+
+    def test_reads_evidence_beside_the_similarity(self, segmenter: FewShotSegmenter) -> None:
+        images, masks, queries = photos(2, 2), outlines(2, 2), photos(2, seed=1)
+        support = segmenter.encode_support(images, masks)
+        priors, learner = segmenter.segment(support, queries).priors, segmenter.base_learner
+        assert learner is not None
+        plain = segmenter.similarity(segmenter.backbone(queries))
+        sides = support.foreground, support.background
+        pooled = support.foreground_embedding, support.background_embedding
+        torch.testing.assert_close(priors[:, :6], similarity_priors(plain, support.cells, *sides, *pooled))
+        frozen = join_levels(segmenter.backbone(images.flatten(0, 1)))
+        of_supports = torch.stack([frozen[2 * n : 2 * n + 2].movedim(1, -1).flatten(0, 2) for n in range(2)])
+        torch.testing.assert_close(support.frozen_cells, of_supports)
+        seen = torch.stack([learner(frozen[2 * n : 2 * n + 2]).movedim(1, 0).flatten(1) for n in range(2)])
+        torch.testing.assert_close(support.profile, class_profile(seen, support.foreground))
+        own = join_levels(segmenter.backbone(queries))
+        margin = soft_margin(own.flatten(2).transpose(1, 2), of_supports, *sides, temperature=TEMPERATURE)
+        torch.testing.assert_close(priors[:, 6], margin.reshape(2, 4, 4), rtol=1e-3, atol=1e-4)
+        evidence = photo_evidence(learner(own), support.profile, own)
+        torch.testing.assert_close(priors[:, 7:10], evidence)
+        assert priors.shape[1] == 10 + (segmenter.completion is not None)
+        assert len(EVIDENCE_MAPS) == 4
+
+    def test_probabilities_at_hand_are_used(self, segmenter: FewShotSegmenter) -> None:
+        levels, masks = segmenter.backbone(photos(2)), outlines(1, 2)
+        whole = segmenter.photo_maps(levels)
+        bare = PhotoMaps(cells=whole.cells, frozen=whole.frozen)
+        assert whole.base is not None
+        expected = segmenter.encode_support_photos(bare, masks)
+        assert_same(segmenter.encode_support_photos(whole, masks), expected, atol=1e-6)
+        other = segmenter.encode_support_photos(replace(whole, base=whole.base.flip(1)), masks)
+        assert not torch.allclose(other.profile, expected.profile)
+
+    def test_gradients_reach_the_base_learner(self, segmenter: FewShotSegmenter) -> None:
+        segmenter.zero_grad(set_to_none=True)
+        prediction = segmenter.segment(segmenter.encode_support(photos(2, 1), outlines(2, 1)), photos(2, seed=1))
+        torch.autograd.backward(prediction.logits.square().mean())
+        assert segmenter.base_learner is not None
+        assert all(p.grad is not None and bool(p.grad.any()) for p in segmenter.base_learner.parameters())
+
+    def test_photo_maps_know_their_bytes(self, segmenter: FewShotSegmenter) -> None:
+        maps = segmenter.photo_maps(segmenter.backbone(photos(3)))
+        held = [one for one in (maps.cells, maps.frozen, maps.objectness, maps.base) if one is not None]
+        assert maps.nbytes == 4 * sum(one.numel() for one in held)
+        assert len(held) == 3 + (segmenter.completion is not None)
+
+    def test_photo_maps_one_by_one(self, segmenter: FewShotSegmenter) -> None:
+        levels = segmenter.backbone(photos(3))
+        each = [segmenter.photo_maps([level[n : n + 1] for level in levels]).by_cells() for n in range(3)]
+        assert_same(PhotoMaps.stack(each), segmenter.photo_maps(levels))
+
+
+class TestBaseLearner(BaseLearnerContract):
+    options = {"prior": "similarity", "base_classes": 3}  # noqa: RUF012 - read only
+
+
+class TestBaseLearnerAndCompletion(BaseLearnerContract):
+    options = {"prior": "similarity", "base_classes": 3, "completion": True}  # noqa: RUF012 - read only
+
+    def test_objectness_comes_last(self, segmenter: FewShotSegmenter) -> None:
+        """Training takes it from there."""
+        support, queries = segmenter.encode_support(photos(2, 1), outlines(2, 1)), photos(2, seed=1)
+        levels = segmenter.backbone(queries)
+        expected = segmenter.objectness(segmenter.similarity(levels), join_levels(levels))
+        assert torch.equal(segmenter.segment(support, queries).priors[:, -1], expected)
+
+    def test_the_profile_is_that_of_what_was_filled_in(self, segmenter: FewShotSegmenter) -> None:
+        images, (masks, dense) = photos(1, 2), marked(1, ("box", "label"))
+        support = segmenter.encode_support(images, masks, dense)
+        assert segmenter.base_learner is not None
+        seen = segmenter.base_learner(join_levels(segmenter.backbone(images[0]))).movedim(1, 0).flatten(1)
+        torch.testing.assert_close(support.profile, class_profile(seen[None], support.foreground))
+        assert support.open.any()
+
+
 WEAK_MIX: tuple[SupportKind, ...] = ("mask", "box", "scribble", "point", "label")
 
 
@@ -601,7 +687,6 @@ class TestSecondLook:
     def test_is_taken_in_evaluation_and_of_open_parts_only(self, tiny_backbone: Backbone) -> None:
         segmenter = disturbed(build_segmenter(tiny_backbone, similarity_rank=4, dropout=0.0))
         levels = segmenter.backbone(photos(1, seed=1))
-        maps = segmenter.similarity(levels)
         for kind, looks_again in (("mask", False), ("box", True), ("label", True)):
             support = segmenter.encode_support(photos(1, 1), *marked(1, (kind,)))
             once = segmenter.train().priors_of(support, segmenter.photo_maps(levels))
@@ -667,6 +752,14 @@ class TestConstruction:
             ),
             ({"prior": "pfenet", "completion": True}, "prior 'pfenet' has 1 maps, the decoder reads 6"),
             ({"completion": True}, "prior 'similarity' has 7 maps, the decoder reads 6"),
+            (
+                {"base_learner": BaseLearner(feature_channels=7, classes=2)},
+                r"a base learner of 7 channels does not fit prior 'similarity' over a backbone of \d+",
+            ),
+            ({"prior": "pfenet", "base_learner": True}, r"does not fit prior 'pfenet' .*; it goes with the prior 'sim"),
+            ({"base_learner": True}, "prior 'similarity' has 10 maps, the decoder reads 6"),
+            ({"base_learner": True, "completion": True}, "prior 'similarity' has 11 maps, the decoder reads 6"),
+            ({"decoder": ContextDecoder(prior_channels=10)}, "'similarity' has 6 maps, the decoder reads 10"),
             ({"temperature": 0.0}, "temperature of the soft margin must be greater than 0, got 0.0"),
         ],
     )
@@ -676,6 +769,9 @@ class TestConstruction:
         if arguments.get("completion") is True:
             fitting = SupportCompletion(feature_channels=sum(tiny_backbone.channels), width=8)
             arguments = arguments | {"completion": fitting}
+        if arguments.get("base_learner") is True:
+            learner = BaseLearner(feature_channels=sum(tiny_backbone.channels), classes=2)
+            arguments = arguments | {"base_learner": learner}
         with pytest.raises(DataError, match=message):
             self.build(tiny_backbone, **arguments)
 
@@ -688,6 +784,29 @@ class TestConstruction:
         expected = plain.segment(plain.encode_support(photos(1, 1), *marked(1, ("box",))), photos(1, seed=1))
         # an untrained completion is the estimate
         torch.testing.assert_close(segmenter.segment(support, photos(1, seed=1)).logits, expected.logits)
+
+    @pytest.mark.parametrize("prior", ["pfenet", "none"])
+    def test_base_classes_go_with_the_prior_similarity(self, tiny_backbone: Backbone, prior: PriorKind) -> None:
+        with pytest.raises(DataError, match=f"does not fit prior '{prior}'|needs sizes of at least 1, got 0 prior"):
+            build_segmenter(tiny_backbone, prior=prior, appearance=2, base_classes=3)
+
+    def test_base_classes_bring_base_learner_and_context(self, tiny_backbone: Backbone) -> None:
+        segmenter = build_segmenter(tiny_backbone, base_classes=3, completion=True)
+        assert isinstance(segmenter.decoder, ContextDecoder)
+        assert segmenter.base_learner is not None
+        assert segmenter.base_learner.classes == 3
+        assert (
+            segmenter.decoder.prior_channels == prior_channels("similarity", completion=True, base_learner=True) == 11
+        )
+        trained = {id(parameter) for parameter in segmenter.trainable_parameters()}
+        assert {id(parameter) for parameter in segmenter.base_learner.parameters()} < trained
+
+    def test_a_readout_with_a_base_learner(self, tiny_backbone: Backbone) -> None:
+        learner = BaseLearner(feature_channels=sum(tiny_backbone.channels), classes=2)
+        segmenter = self.build(tiny_backbone, decoder=PriorReadout(6), base_learner=learner).eval()
+        prediction = segmenter.segment(segmenter.encode_support(photos(1, 1), outlines(1, 1)), photos(1, seed=1))
+        # the similarity network turns nothing here: the soft margin of frozen cells is that of all cells
+        torch.testing.assert_close(prediction.priors[:, 6], prediction.priors[:, 0], rtol=1e-3, atol=1e-4)
 
     @pytest.mark.parametrize("prior", PRIOR_KINDS)
     def test_seed_decides_and_global_randomness_is_untouched(self, tiny_backbone: Backbone, prior: PriorKind) -> None:

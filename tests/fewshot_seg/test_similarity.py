@@ -168,6 +168,30 @@ class TestSimilarityNetwork:
         assert network.up.weight.grad is not None
         assert network.up.weight.grad.abs().sum() > 0
 
+    @pytest.mark.parametrize("rank", [0, 1, 4])
+    def test_cosines_are_those_of_turned_cells_and_so_are_their_gradients(self, rank: int) -> None:
+        network, generator = SimilarityNetwork(CHANNELS, rank=rank).double(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        width, sides = sum(CHANNELS), []
+        for cells in (5, 7):
+            drawn = torch.randn(2, cells, width, generator=generator, dtype=torch.float64)
+            sides.append(F.normalize(drawn, dim=2))
+        found = network.cosines(*sides)
+        queries, supports = (network.turn(one.transpose(1, 2)[..., None])[..., 0] for one in sides)
+        expected = torch.einsum("bcm,bcn->bmn", queries, supports)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        if not rank:
+            assert not found.requires_grad
+            return
+        weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+        parameters = [network.down.weight, network.up.weight]
+        gradients = [torch.autograd.grad((one * weights).sum(), parameters) for one in (found, expected)]
+        for left, right in zip(*gradients, strict=True):
+            assert right.abs().max() > 0.1
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
     def test_embeddings_have_unit_length(self) -> None:
         network = SimilarityNetwork(CHANNELS, rank=2)
         maps, weights = network(random_levels()), torch.rand(2, 4, 6)

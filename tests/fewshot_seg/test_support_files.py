@@ -31,6 +31,16 @@ def segmenter(tiny_backbone: Backbone) -> FewShotSegmenter:
     return build_segmenter(tiny_backbone, decoder_width=8, decoder_blocks=1, completion=True).eval()
 
 
+@pytest.fixture
+def learned(tiny_backbone: Backbone) -> FewShotSegmenter:
+    """With a base learner that knows something."""
+    segmenter, generator = build_segmenter(tiny_backbone, base_classes=3), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in segmenter.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return segmenter.eval()
+
+
 def encoded(segmenter: FewShotSegmenter, *, weak: bool = False, shots: int = 2) -> SupportEncoding:
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(1, shots, SIZE, SIZE, dtype=torch.uint8)
@@ -59,6 +69,42 @@ def test_comes_back_to_the_last_digit(segmenter: FewShotSegmenter, tmp_path: Pat
     query = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(segmenter.segment(back.encoding, query).logits, segmenter.segment(support, query).logits)
+
+
+def test_of_a_model_with_a_base_learner(learned: FewShotSegmenter, tmp_path: Path) -> None:
+    support, path = encoded(learned), tmp_path / "s.safetensors"
+    assert support.profile.shape == (1, 3)
+    save_support(path, support, learned, resolution=SIZE, fit="squash")
+    back = load_support(path, learned, resolution=SIZE, fit="squash").encoding
+    for field in fields(SupportEncoding):
+        assert torch.equal(getattr(back, field.name), getattr(support, field.name)), field.name
+    query = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(learned.segment(back, query).logits, learned.segment(support, query).logits)
+        assert learned.base_learner is not None
+        learned.base_learner.bias[0] += 1
+    with pytest.raises(DataError, match="made by another model; give the one that made it"):
+        load_support(path, learned, resolution=SIZE, fit="squash")
+
+
+@pytest.mark.parametrize("damage", ["lacking", "classes", "dimensions", "nan"])
+def test_a_damaged_profile_is_refused(learned: FewShotSegmenter, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "s.safetensors"
+    save_support(path, encoded(learned), learned, resolution=SIZE, fit="squash")
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["fewshot_seg"])
+    tensors = load_file(path)
+    profile = tensors.pop("profile")
+    changed = {
+        "classes": profile[:, 1:].contiguous(),
+        "dimensions": profile[0],
+        "nan": profile * float("nan"),
+    }
+    if damage != "lacking":
+        tensors["profile"] = changed[damage]
+    write_tensors(path, tensors, description)
+    with pytest.raises(DataError, match="its tensors are not those of a support set"):
+        load_support(path, learned, resolution=SIZE, fit="squash")
 
 
 def test_the_threshold_may_differ(segmenter: FewShotSegmenter, path: Path) -> None:

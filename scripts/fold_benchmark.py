@@ -191,11 +191,12 @@ def scored(
             segmenter.eval(), heads, drawn, scoring_size=data.protocol.scoring_size, source=data.source
         )
         for method, evaluation in scored.items():
-            records += _records(method, shot_count, evaluation, data)
+            records += records_of(method, shot_count, evaluation, data)
     return records
 
 
-def _records(method: str, shots: int, evaluation: Evaluation, data: FoldData) -> list[dict[str, Any]]:
+def records_of(method: str, shots: int, evaluation: Evaluation, data: FoldData) -> list[dict[str, Any]]:
+    """Records of one method's evaluation, also per class."""
     result = evaluation.result
     base = {"task": "segmentation", "shots": shots, "method": method, "episodes": result.episodes}
     base["episodes_fingerprint"] = fingerprint_episodes(evaluation.specs)

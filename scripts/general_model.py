@@ -60,7 +60,7 @@ def general_data(source: JointSource, backbone: Backbone, cache: Path, *, left_o
     """The general model's data: everything at hand but the generated pictures' novel classes, which stay unseen.
 
     With `left_out`, a check: that part of the classes of the photos is novel too, and photos for evaluation do not
-    train. Either way the threshold is chosen on classes of the next part, held out from a first run.
+    train. Either way the next part of the classes is the first group of the cross-fitting.
     """
     generated = source.sources["synthetic"]
     assert isinstance(generated, SyntheticSource)
@@ -96,7 +96,7 @@ def check_general(
 ) -> list[Record]:
     """Scores on classes that were left out of the training, on each data set's photos for evaluation.
 
-    One training a part (two, with that for the threshold). A score over several parts is their mean.
+    One training a part. A score over several parts is their mean.
     """
     found: dict[tuple[str, int, SupportKind], list[IoUResult]] = {}
     for part in parts:

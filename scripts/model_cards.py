@@ -132,7 +132,7 @@ def _scores(facts: Facts) -> str:
         "pictures these are classes that no model here has seen. They say what to expect of a new kind of object in "
         "photos of this kind."
         if facts.general
-        else "On the novel classes of the fold, never used for a choice; the threshold is that of held-out classes."
+        else "On the novel classes of the fold, never used for a choice."
     )
     header = "| data | shots | support | mIoU % | 95% interval | FB-IoU % | classes | episodes |"
     rows = [

@@ -11,12 +11,13 @@ of the same test episodes. Interrupted runs go on where they stopped: finished c
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fold_benchmark import scored
+from fold_benchmark import records_of
 from render_results import fold_means, merge_records, provenance, render
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,8 +27,12 @@ from weight_runs import open_backbone
 from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.config import default_cache
 from fewshot_seg.cross_fitting import priors_of_episodes, train_decoder
-from fewshot_seg.decoder import ContextDecoder, Decoder, PriorReadout
-from fewshot_seg.fold_data import FoldData, group_episodes
+from fewshot_seg.decoder import ContextDecoder, PriorReadout
+from fewshot_seg.encoded_photos import EncodedPhotos
+from fewshot_seg.episode_logits import ShotLogits, shot_logits
+from fewshot_seg.evaluation import evaluate_logits
+from fewshot_seg.feature_episodes import FeatureBatch
+from fewshot_seg.fold_data import FoldData, evaluation_episodes, group_episodes
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.runs import MODEL_NAME, benchmark_name
@@ -35,18 +40,20 @@ from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import EVIDENCE_MAPS, FewShotSegmenter
 
 OURS = "ours, cross-fitted"
+PLAIN = "ours without guided upsampling"
 MAPS = (*PRIOR_CHANNELS, *EVIDENCE_MAPS)
 WITHOUT: dict[str, tuple[str, ...]] = {
-    "ours without the base learner": ("other base class", "any base class"),
-    "ours without the frozen soft margin": ("frozen soft margin",),
-    "ours without commonness": ("commonness",),
-    "ours without prototype, nearest and attention maps": PRIOR_CHANNELS[1:],
-    "ours without the prior: base learner and commonness alone": (*PRIOR_CHANNELS, "frozen soft margin"),
+    f"{PLAIN} and base learner": ("other base class", "any base class"),
+    f"{PLAIN} and frozen soft margin": ("frozen soft margin",),
+    f"{PLAIN} and commonness": ("commonness",),
+    f"{PLAIN} and prototype, nearest and attention maps": PRIOR_CHANNELS[1:],
+    f"{PLAIN} and prior (base learner and commonness alone)": (*PRIOR_CHANNELS, "frozen soft margin"),
 }
 """Maps that each ablation does without."""
-NO_STATISTICS = "ours without statistics of the photo"
-IN_FOLD = "ours, decoder trained on classes that the embedding knows"
-MARGIN = "soft margin alone, joint backbone"
+NO_STATISTICS = f"{PLAIN} and statistics of the photo"
+IN_FOLD = f"{PLAIN} and cross-fitting: decoder trained on classes that the embedding knows"
+MARGIN = "soft margin alone, three backbones, similarity trained"
+BYTES = 3 * 2**30
 
 
 class ChosenMaps(nn.Module):
@@ -106,9 +113,41 @@ def seen_classes(segmenter: FewShotSegmenter, data: FoldData, counts: Sequence[t
     """Priors of base classes by the embedding that was trained on them."""
     parts = []
     for shots, count in counts:
-        drawn = group_episodes(data, data.split.base, shots=shots, count=3 * count, seed=1)
+        drawn = group_episodes(data, data.split.base, shots=shots, count=2 * count, seed=1)
         parts.append(priors_of_episodes(segmenter, drawn, show_progress=True))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def scores(
+    segmenter: FewShotSegmenter,
+    decoders: Mapping[str, Any],
+    cuts: Mapping[str, float],
+    data: FoldData,
+    shots: int,
+    quick: bool,
+) -> list[dict[str, Any]]:
+    """Records of all decoders, and of the guided masks of the model's own, over the same episodes in one pass."""
+    encoded = EncodedPhotos(segmenter, decoders.values(), byte_budget=BYTES)
+
+    def read(batch: FeatureBatch, size: tuple[int, int]) -> ShotLogits:
+        segmenter.guided = False
+        plain = shot_logits(segmenter, decoders, batch, size, encoded=encoded)
+        assert batch.query_photos is not None
+        segmenter.guided = True
+        side = -(-size[0] // segmenter.backbone.strides[0])
+        led = segmenter.follow_edges(plain.heads[PLAIN][:, 0], batch.query_photos(size[0]), (side, side))
+        return replace(plain, heads={**plain.heads, OURS: led[:, None]})
+
+    drawn = evaluation_episodes(data, shots=shots, count=20 if quick else None)
+    found = evaluate_logits(
+        read,
+        {name: (name, threshold) for name, threshold in cuts.items()},
+        drawn,
+        scoring_size=data.protocol.scoring_size,
+        source=data.source,
+        show_progress=True,
+    )
+    return [record for name, one in found.items() for record in records_of(name, shots, one, data)]
 
 
 def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -124,10 +163,10 @@ def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]
     kept = arguments.out / f"fold{fold}.json"
     if not kept.exists():
         decoders = ablations(stored, seen_classes(segmenter, data, counts), steps)
-        heads: dict[str, tuple[Decoder, float]] = {OURS: (segmenter.decoder, segmenter.threshold)}
-        heads |= {name: (decoder, 0.0) for name, decoder in decoders.items()}  # type: ignore[misc]
-        heads[MARGIN] = (PriorReadout(0), margin_threshold(stored))
-        write_json(kept, scored(segmenter, heads, data, arguments.quick, arguments.shots))
+        decoders |= {PLAIN: segmenter.decoder, MARGIN: PriorReadout(0)}
+        cuts = dict.fromkeys([OURS, *decoders], segmenter.threshold) | {MARGIN: margin_threshold(stored)}
+        found = [scores(segmenter, decoders, cuts, data, shots, arguments.quick) for shots in arguments.shots]
+        write_json(kept, [record for records in found for record in records])
         print(f"fold {fold} done", flush=True)
     records = read_json(kept, what="finished cell")
     return [record | {"fold": fold, "data": benchmark_name(data)} for record in records]

@@ -84,7 +84,7 @@ def photo_evidence(probabilities: Tensor, profile: Tensor, features: Tensor) -> 
         float (B, 3, h, w): logarithm of the probability of base classes that the supports do not show; logit of any
         base class; cosine to the mean of the photo's cells, in tenths.
     """
-    other = torch.einsum("bchw,bc->bhw", probabilities[:, :-1], 1 - profile)
+    other = _along(probabilities[:, :-1], 1 - profile)
     known = (1 - probabilities[:, -1]).clamp(_LEAST, 1 - _LEAST)
     return torch.stack([(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)], dim=1)
 
@@ -95,7 +95,12 @@ def commonness(features: Tensor) -> Tensor:
     What fills most of a photo is like its mean; objects stand out.
     """
     mean = F.normalize(features.mean(dim=(2, 3)), dim=1)
-    return torch.einsum("ndhw,nd->nhw", features, mean) / _COSINE_UNIT
+    return _along(features, mean) / _COSINE_UNIT
+
+
+def _along(maps: Tensor, direction: Tensor) -> Tensor:
+    """Inner products, float (N, D, h, w), (N, D) -> (N, h, w): the einsum, which torch.export ties to one size."""
+    return (direction[:, None] @ maps.flatten(2)).reshape(maps[:, 0].shape)
 
 
 def base_class_loss(logits: Tensor, shares: Tensor) -> Tensor:

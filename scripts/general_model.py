@@ -25,12 +25,12 @@ from fewshot_seg.shipped import GENERAL
 MODEL: dict[str, Any] = {"completion": True}
 """Arguments of `build_segmenter`."""
 TRAINING: dict[str, Any] = {
-    "steps": 240,
+    "steps": 160,
     "batch_size": 8,
     "seed": 0,
     "supports": ("mask", "box", "scribble", "point", "label"),
-    "decoder_steps": 1200,
-    "decoder_episodes": ((1, 700), (5, 80)),
+    "decoder_steps": 1000,
+    "decoder_episodes": ((1, 500), (5, 60)),
 }
 """Arguments of `train_cross_fitted`."""
 PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 1024}

@@ -84,9 +84,10 @@ def photo_evidence(probabilities: Tensor, profile: Tensor, features: Tensor) -> 
         float (B, 3, h, w): logarithm of the probability of base classes that the supports do not show; logit of any
         base class; cosine to the mean of the photo's cells, in tenths.
     """
-    other = _along(probabilities[:, :-1], 1 - profile)
+    other = torch.einsum("bchw,bc->bhw", probabilities[:, :-1], 1 - profile)
     known = (1 - probabilities[:, -1]).clamp(_LEAST, 1 - _LEAST)
-    return torch.stack([(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)], dim=1)
+    maps = [(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)]
+    return torch.cat([one[:, None] for one in maps], dim=1)  # torch.export ties a stack to one batch size
 
 
 def commonness(features: Tensor) -> Tensor:
@@ -95,12 +96,7 @@ def commonness(features: Tensor) -> Tensor:
     What fills most of a photo is like its mean; objects stand out.
     """
     mean = F.normalize(features.mean(dim=(2, 3)), dim=1)
-    return _along(features, mean) / _COSINE_UNIT
-
-
-def _along(maps: Tensor, direction: Tensor) -> Tensor:
-    """Inner products, float (N, D, h, w), (N, D) -> (N, h, w): the einsum, which torch.export ties to one size."""
-    return (direction[:, None] @ maps.flatten(2)).reshape(maps[:, 0].shape)
+    return torch.einsum("ndhw,nd->nhw", features, mean) / _COSINE_UNIT
 
 
 def base_class_loss(logits: Tensor, shares: Tensor) -> Tensor:

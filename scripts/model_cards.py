@@ -186,9 +186,9 @@ def _training(entry: ShippedModel, facts: Facts) -> str:
         f"    {entry.command}",
         "",
         f"- Commit `{entry.commit}`; Python {environment['python']}, {versions}",
-        f"- {results['steps']} steps, {results['seconds']:.0f} seconds of the last part of the run",
-        f"- Threshold {results['threshold']:.3f}"
-        + ("" if held_out is None else f": mIoU {held_out:.1f} on classes held out for the choice"),
+        f"- Cut at {results['threshold']:.3f}"
+        + ("" if held_out is None else f": mIoU {held_out:.1f} over the cells of the decoder's own training episodes,")
+        + ("" if held_out is None else " none of whose classes the embedding had seen"),
     ]
     lines += [f"- `{part}`: `{json.dumps(recipe[part])}`" for part in ("backbone", "model", "training")]
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from fewshot_seg.config import default_cache
 from fewshot_seg.cross_fitting import priors_of_episodes, train_decoder
 from fewshot_seg.decoder import ContextDecoder, PriorReadout
 from fewshot_seg.encoded_photos import EncodedPhotos
-from fewshot_seg.episode_logits import ShotLogits, shot_logits
+from fewshot_seg.episode_logits import shot_logits
 from fewshot_seg.evaluation import evaluate_logits
-from fewshot_seg.feature_episodes import FeatureBatch
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, group_episodes
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.priors import PRIOR_CHANNELS
@@ -126,21 +124,12 @@ def scores(
     shots: int,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """Records of all decoders, and of the guided masks of the model's own, over the same episodes in one pass."""
+    """Records of all decoders over the same episodes in one pass, bilinearly enlarged."""
     encoded = EncodedPhotos(segmenter, decoders.values(), byte_budget=BYTES)
-
-    def read(batch: FeatureBatch, size: tuple[int, int]) -> ShotLogits:
-        segmenter.guided = False
-        plain = shot_logits(segmenter, decoders, batch, size, encoded=encoded)
-        assert batch.query_photos is not None
-        segmenter.guided = True
-        side = -(-size[0] // segmenter.backbone.strides[0])
-        led = segmenter.follow_edges(plain.heads[PLAIN][:, 0], batch.query_photos(size[0]), (side, side))
-        return replace(plain, heads={**plain.heads, OURS: led[:, None]})
-
+    segmenter.guided = False
     drawn = evaluation_episodes(data, shots=shots, count=20 if quick else None)
     found = evaluate_logits(
-        read,
+        lambda batch, size: shot_logits(segmenter, decoders, batch, size, encoded=encoded),
         {name: (name, threshold) for name, threshold in cuts.items()},
         drawn,
         scoring_size=data.protocol.scoring_size,
@@ -151,9 +140,26 @@ def scores(
 
 
 def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of a fold; finished cells are kept."""
-    data = pascal_data(arguments.root, fold, open_backbone("cpu"), arguments.cache)
+    """Records of a fold: the model's own scores, and the ablations, whose finished cells are kept."""
     folder = arguments.runs / PASCAL_NAMES[fold]
+    known = [of_card(score) for score in read_json(folder / "scores-all.json", what="scores of train_weights.py")]
+    records = [record for records in known for record in records]
+    return records if arguments.no_ablations else records + ablate_fold(fold, folder, arguments)
+
+
+def of_card(score: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A score of `train_weights.py` as records."""
+    common = {name: score[name] for name in ("task", "data", "fold", "shots", "support", "episodes")} | {"method": OURS}
+    return [
+        common | {"metric": "mIoU", "value": score["value"], "low": score["low"], "high": score["high"]},
+        common | {"metric": "FB-IoU", "value": score["fb_iou"]},
+        *(common | {"metric": f"IoU: {name}", "value": iou} for name, iou in score["per_class"].items()),
+    ]
+
+
+def ablate_fold(fold: int, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of what the model does without one part or another."""
+    data = pascal_data(arguments.root, fold, open_backbone("cpu"), arguments.cache)
     segmenter = load_segmenter(folder / MODEL_NAME).segmenter
     groups = [load_file(path) for path in sorted(folder.glob("group*/priors.safetensors"))]
     stored = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
@@ -164,12 +170,13 @@ def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]
     if not kept.exists():
         decoders = ablations(stored, seen_classes(segmenter, data, counts), steps)
         decoders |= {PLAIN: segmenter.decoder, MARGIN: PriorReadout(0)}
-        cuts = dict.fromkeys([OURS, *decoders], segmenter.threshold) | {MARGIN: margin_threshold(stored)}
+        cuts = dict.fromkeys(decoders, segmenter.threshold) | {MARGIN: margin_threshold(stored)}
         found = [scores(segmenter, decoders, cuts, data, shots, arguments.quick) for shots in arguments.shots]
         write_json(kept, [record for records in found for record in records])
         print(f"fold {fold} done", flush=True)
     records = read_json(kept, what="finished cell")
-    return [record | {"fold": fold, "data": benchmark_name(data)} for record in records]
+    common = {"fold": fold, "data": benchmark_name(data), "support": "mask"}
+    return [record | common for record in records]
 
 
 def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -180,7 +187,8 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/cross-fitting"), help="finished cells")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(4)))
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--shots", type=int, nargs="+", default=[1], help="of the ablations")
+    parser.add_argument("--no-ablations", action="store_true", help="only the scores that train_weights.py took")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--quick", action="store_true", help="a few steps and episodes; records nothing")
     return parser.parse_args(given)
@@ -194,7 +202,7 @@ def main(given: Sequence[str] | None = None) -> None:
     per_fold = [score_fold(fold, arguments) for fold in arguments.folds]
     if arguments.quick or sorted(arguments.folds) != list(range(4)):
         return
-    common = {"protocol": "hsnet", "support": "mask", "seeds": [0], **provenance()}
+    common = {"protocol": "hsnet", "seeds": [0], **provenance()}
     records = [common | record for fold in per_fold for record in fold]
     merge_records(arguments.results, [*records, *fold_means(records)])
     render(arguments.results, arguments.results.with_suffix(".md"))

@@ -84,20 +84,24 @@ class Backbone(nn.Module):
     def multiple(self) -> int:
         """Sides that are multiples of it are cut into cells as they are; photos of others are enlarged inside.
 
-        1 for encoders that round up at every stage; 32 for those that drop what is left over (ConvNeXt, Swin, VGG,
-        DenseNet); the patch of a vision transformer.
+        1 for encoders that round up at every stage; the coarsest of `strides` for those that drop what is left over
+        (ConvNeXt, Swin, VGG, DenseNet), or 32 where they need it; the patch of a vision transformer.
 
         Raises:
             DataError: an encoder that takes photos of one size only.
         """
         if isinstance(self.encoder, LevelEncoder):
             return self.encoder.multiple
-        side = 2 * _DEEPEST + 1  # odd at every stage
-        if self._grids_of_zeros(side, side) == grids_of(side, side, strides=self.strides, multiple=1):
-            return 1
-        if self._grids_of_zeros(2 * _DEEPEST, 3 * _DEEPEST) is None:
+        refused = True
+        for multiple in dict.fromkeys((1, self.strides[-1], _DEEPEST)):
+            side = 2 * _DEEPEST + multiple  # an odd multiple: what rounds down at any stage is found out
+            made = self._grids_of_zeros(side, side)
+            if made == grids_of(side, side, strides=self.strides, multiple=1):
+                return multiple
+            refused &= made is None
+        if refused:
             raise DataError(f"backbone {self.name!r} takes photos of one size only; choose another")
-        return _DEEPEST
+        return _DEEPEST  # not even then, which the first photo will tell
 
     @torch.no_grad()
     def _grids_of_zeros(self, height: int, width: int) -> tuple[Grid, ...] | None:

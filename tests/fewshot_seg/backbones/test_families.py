@@ -246,7 +246,7 @@ class TestJointWithTransformer(BackboneContract):
 
     name = "convnext_atto+vit_tiny_patch16_224"
     strides = (16,)
-    levels, multiples = (16, 16), (32, 16)
+    levels, multiples = (16, 16), (16, 16)
 
 
 class TestBadRequests:

@@ -187,10 +187,11 @@ def load_segmenter(
 
 
 def _decoder_of(description: Mapping[str, Any]) -> Decoder:
-    arguments = {name: value for name, value in description.items() if name != "kind"}
+    arguments = dict(description)
+    kind = arguments.pop("kind", None)
     if "channel" in arguments:
         return PriorReadout(**arguments)
-    return ContextDecoder(**arguments) if description.get("kind") == "context" else MaskDecoder(**arguments)
+    return ContextDecoder(**arguments) if kind == "context" else MaskDecoder(**arguments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,8 +257,9 @@ def _describe_backbone(backbone: Backbone, weights: str) -> dict[str, Any]:
 
 def _backbone_of(description: Mapping[str, Any], weights: str | None, path: Path) -> Backbone:
     """The backbone that a file was trained on. Raises DataError when the weights at hand are others."""
+    strides = tuple(description["strides"])  # None would be the backbone's own choice
     backbone = build_backbone(
-        description["backbone"], strides=description["strides"], weights=weights or description["backbone_weights"]
+        description["backbone"], strides=strides, weights=weights or description["backbone_weights"]
     )
     if backbone.fingerprint != description["backbone_fingerprint"]:
         raise DataError(

@@ -86,8 +86,7 @@ def photo_evidence(probabilities: Tensor, profile: Tensor, features: Tensor) -> 
     """
     other = torch.einsum("bchw,bc->bhw", probabilities[:, :-1], 1 - profile)
     known = (1 - probabilities[:, -1]).clamp(_LEAST, 1 - _LEAST)
-    maps = [(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)]
-    return torch.cat([one[:, None] for one in maps], dim=1)  # torch.export ties a stack to one batch size
+    return torch.stack([(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)], dim=1)
 
 
 def commonness(features: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def trained(**arguments: Any) -> FewShotSegmenter:
 
 MODELS = {
     "decoder with appearance and completion": lambda: trained(appearance=4, completion=True),
-    "base learner and completion": lambda: trained(base_classes=3, completion=True),
+    "base learner and completion": lambda: trained(base_classes=5, completion=True),
     "soft margin alone": lambda: training_free(tiny(), threshold=0.0).eval(),
 }
 

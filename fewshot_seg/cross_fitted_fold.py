@@ -55,6 +55,7 @@ def train_cross_fitted(
     weight_decay: float = 1e-2,
     decoder_steps: int = 800,
     decoder_episodes: Sequence[tuple[int, int]] = ((1, 700), (5, 150)),
+    known_episodes: Sequence[tuple[int, int]] = (),
     supports: Sequence[SupportKind] = ("mask",),
     augment: Augment = "mirror",
     support_augment: Augment | None = None,
@@ -73,6 +74,8 @@ def train_cross_fitted(
         steps, batch_size, learning_rate, weight_decay: of every embedding.
         decoder_steps: of the decoder.
         decoder_episodes: (shots, number of episodes per group) that the decoder is trained on.
+        known_episodes: (shots, number of episodes) of all base classes, by the embedding trained on them, that the
+            decoder is trained on as well: for a model that will be asked for known classes, too.
         supports, augment, support_augment, workers: see `training_episodes`.
         seed: of everything drawn.
         checkpoint_every: steps between checkpoints.
@@ -128,10 +131,14 @@ def train_cross_fitted(
 
     def priors_of(number: int, group: tuple[int, ...]) -> dict[str, Tensor]:
         others = tuple(class_id for class_id in data.split.base if class_id not in group)
-        segmenter = embedded(others, (*group, *data.split.novel), f"group{number}")
+        return shown(embedded(others, (*group, *data.split.novel), f"group{number}"), group, decoder_episodes)
+
+    def shown(
+        segmenter: FewShotSegmenter, classes: tuple[int, ...], counts: Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor]:
         parts = []
-        for shots, count in _drawable(data, group, decoder_episodes):
-            drawn = group_episodes(data, group, shots=shots, count=count, seed=seed + 1, supports=supports)
+        for shots, count in _drawable(data, classes, counts):
+            drawn = group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
             parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -144,6 +151,8 @@ def train_cross_fitted(
             kept.unlink(missing_ok=True)
         found.append(keep_tensors(kept, partial(priors_of, number, group)))
     segmenter = embedded(data.split.base, data.split.novel, "all")
+    if known_episodes:
+        found.append(shown(segmenter, data.split.base, known_episodes))
     stored = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     if not isinstance(segmenter.decoder, ContextDecoder):
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")

@@ -31,6 +31,7 @@ TRAINING: dict[str, Any] = {
     "supports": ("mask", "box", "scribble", "point", "label"),
     "decoder_steps": 1000,
     "decoder_episodes": ((1, 500), (5, 60)),
+    "known_episodes": ((1, 1000), (5, 120)),
 }
 """Arguments of `train_cross_fitted`."""
 PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 1024}

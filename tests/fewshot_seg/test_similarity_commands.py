@@ -52,8 +52,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of features for this file, and every backbone built once: they are frozen, and building takes longest."""
     built: dict[Any, Backbone] = {}
 
-    def build_once(name: str, *, strides: Sequence[int] = (16, 32), weights: str = "embedded") -> Backbone:
-        key = name, tuple(strides), weights
+    def build_once(name: str, *, strides: Sequence[int] | None = None, weights: str = "embedded") -> Backbone:
+        key = name, None if strides is None else tuple(strides), weights
         if key not in built:
             built[key] = build_backbone(name, strides=strides, weights=weights)
         return built[key]

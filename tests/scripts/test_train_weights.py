@@ -28,7 +28,7 @@ _CATEGORIES = {
     53: "apple",
     90: "toothbrush",
 }
-_SHORT = {"steps": 2, "batch_size": 2, "validation_episodes": 4}
+_SHORT = {"steps": 2, "batch_size": 2, "decoder_steps": 2, "decoder_episodes": ((1, 3),)}
 
 
 def _write_coco(root: Path) -> Path:

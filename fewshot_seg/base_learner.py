@@ -77,14 +77,14 @@ def photo_evidence(probabilities: Tensor, profile: Tensor, features: Tensor) -> 
 
     Args:
         probabilities: float (B, C + 1, h, w) of the query, background last.
-        profile: float (B, C), `class_profile` of the supports.
+        profile: float (B, C), or (1, C) for all, `class_profile` of the supports.
         features: unit-length cells float (B, D, h, w) of the query.
 
     Returns:
         float (B, 3, h, w): logarithm of the probability of base classes that the supports do not show; logit of any
         base class; cosine to the mean of the photo's cells, in tenths.
     """
-    other = torch.einsum("bchw,bc->bhw", probabilities[:, :-1], 1 - profile)
+    other = (probabilities[:, :-1] * (1 - profile)[:, :, None, None]).sum(dim=1)
     known = (1 - probabilities[:, -1]).clamp(_LEAST, 1 - _LEAST)
     return torch.stack([(other + _LEAST).log(), known.log() - (1 - known).log(), commonness(features)], dim=1)
 

@@ -167,9 +167,9 @@ class QueryGraph(PhotoGraph):
             assert profile is not None
             base = self.segmenter.base_learner(frozen)
             cosine = frozen.flatten(2).transpose(1, 2) @ frozen_cells.T
-            of_each = [side[None].expand(len(images), side.shape[0]) for side in sides]
+            of_each = [side[None].expand(images.shape[0], side.shape[0]) for side in sides]
             margin = log_density_ratio(cosine, of_each[0], of_each[1], temperature=self.segmenter.temperature)
-            evidence = photo_evidence(base, profile[None].expand(len(images), profile.shape[0]), frozen)
+            evidence = photo_evidence(base, profile[None], frozen)
             priors = torch.cat([priors, margin.reshape(maps[:, :1].shape), evidence], dim=1)
         if self.segmenter.completion is not None:  # it looks at the query as at a photo of which nothing is known
             nothing = torch.zeros_like(maps[:, 0])

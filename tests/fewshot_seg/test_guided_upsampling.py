@@ -35,9 +35,7 @@ def by_windows(margins: Tensor, guide: Tensor, radius: int, epsilon: float) -> T
     for row in range(height):
         for column in range(width):
             inside = window(row, column)
-            found[row, column] = (
-                slopes[inside].reshape(-1, 3).mean(0) @ colours[row, column] + offsets[inside].mean()
-            )
+            found[row, column] = slopes[inside].reshape(-1, 3).mean(0) @ colours[row, column] + offsets[inside].mean()
     return torch.from_numpy(found).clamp(1e-3, 1 - 1e-3).logit()[None]
 
 

@@ -127,7 +127,7 @@ def _goes_on(script: ModuleType, arguments: list[str], tmp_path: Path, monkeypat
     """A finished run is not trained again, one of another recipe is refused, and the manifest is mended."""
     before = (tmp_path / "weights" / "manifest.json").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr("weight_runs.train_fold", None)
+        patched.setattr("weight_runs.train_cross_fitted", None)
         script.main([*arguments, "--only", "pascal-fold1", "--episodes", "6"])
     assert (tmp_path / "weights" / "manifest.json").read_text() == before
     with pytest.raises(DataError, match="pascal-fold1 holds a run of another recipe or other data; delete it"):

@@ -91,6 +91,11 @@ def trained(**arguments: Any) -> FewShotSegmenter:
         segmenter.decoder.fit_scales(2 * maps + 1)
     segmenter.guided = False  # the graphs give the logits as they are before they follow the photo's edges
     segmenter.threshold = 0.4
+    if isinstance(segmenter.decoder, ContextDecoder):  # its random values are far from 0: cut where both sides are
+        images, masks, queries = episode(1, 2, 64, 64)
+        with torch.no_grad():
+            logits = segmenter.segment(segmenter.encode_support(images[None], masks[None]), queries[:1]).logits
+        segmenter.threshold = float(logits.median())
     return segmenter
 
 

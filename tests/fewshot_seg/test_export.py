@@ -157,7 +157,7 @@ def by_verb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "new"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewshot_seg.method.build_backbone", lambda *_, **__: tiny())
-        assert main(["export", "--out", str(folder), "--size", "80", "--threshold", "0"]) == 0
+        assert main(["export", "--model", "none", "--out", str(folder), "--size", "80", "--threshold", "0"]) == 0
     return folder
 
 

@@ -58,7 +58,7 @@ def test_committed_records_are_complete() -> None:
     for record in records:
         assert {"task", "data", "protocol", "fold", "shots", "support", "method", "metric", "value"} <= set(record)
         assert {"episodes", "seeds", "command", "commit"} <= set(record)
-        if record["metric"] in ("mIoU", "FB-IoU", "AUC", "best-IoU"):
+        if record["metric"] in ("mIoU", "AUC", "best-IoU"):
             assert record["low"] <= record["value"] <= record["high"]
             assert 0 <= record["value"] <= 100
 

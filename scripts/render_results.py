@@ -155,7 +155,8 @@ _RIVALS = (
     "Means over folds; every method on the same episodes. The rivals are written from their papers within this code "
     "base, over the same kind of frozen features, and trained with the same episodes and number of steps; what each "
     "keeps of its paper is said in `fewshot_seg/rivals`. Thresholds are chosen on held-out base classes, and, in "
-    "columns that say so, left at the method's own (0). Seconds: one episode from features in memory to logits, "
+    "columns that say so, left at the method's own (0). Ours always enlarges its answer by guided upsampling; the "
+    "column of that name gives the rivals the same. Seconds: one episode from features in memory to logits, "
     "support and query encoded anew, all methods by turns in one run."
 )
 

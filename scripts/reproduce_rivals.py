@@ -1,7 +1,7 @@
 """Rivals, each written from its paper, against ours: the same features, training episodes, budget and test episodes.
 
     python scripts/reproduce_rivals.py --root ../shared/data/VOCdevkit/VOC2012 \\
-        --ours 'runs/pascal/fold{fold}/ours: decoder on our prior maps/model.safetensors' --record
+        --ours 'runs/weights/pascal-fold{fold}/model.safetensors' --record
 
 Trains every rival on every fold of PASCAL-5i (protocol hsnet), one after the other, scores it at the threshold chosen
 on held-out base classes and at its own (0), and measures its seconds beside ours. Interrupted runs go on where they
@@ -12,6 +12,7 @@ are there.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +30,11 @@ from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.config import default_cache
-from fewshot_seg.episode_logits import shot_logits
+from fewshot_seg.episode_logits import ShotLogits, shot_logits
 from fewshot_seg.evaluation import Evaluation, evaluate, evaluate_logits
 from fewshot_seg.feature_episodes import FeatureBatch
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, open_fold
+from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
 from fewshot_seg.rivals.experiment import RIVALS, TITLES, train_rival_fold, trainable_parameters
 from fewshot_seg.rivals.model import HEAD, EpisodeModel, rival_logits
 from fewshot_seg.runs import benchmark_name
@@ -42,6 +44,7 @@ from fewshot_seg.shipped import file_digest
 
 OURS = "ours"
 AT_ZERO = "mIoU at threshold 0"
+GUIDED = "mIoU with guided upsampling"
 PARAMETERS = "trainable parameters"
 SECONDS = "seconds of an episode, ours = 1"
 _FOLDS = (0, 1, 2, 3)
@@ -149,8 +152,8 @@ def _score_rival(name: str, data: FoldData, given: argparse.Namespace, folder: P
     for shots in given.shots:
         drawn = evaluation_episodes(data, shots=shots, count=given.episodes, show_progress=True)
         scored = evaluate_logits(
-            partial(rival_logits, trained.model),
-            {"mIoU": (HEAD, trained.threshold), AT_ZERO: (HEAD, 0.0)},
+            partial(_plain_and_guided, trained.model, trained.threshold),
+            {"mIoU": (HEAD, trained.threshold), GUIDED: (GUIDED, trained.threshold), AT_ZERO: (HEAD, 0.0)},
             drawn,
             scoring_size=data.protocol.scoring_size,
             source=data.source,
@@ -158,6 +161,17 @@ def _score_rival(name: str, data: FoldData, given: argparse.Namespace, folder: P
         )
         records += [_record(TITLES[name], shots, metric, one) for metric, one in scored.items()]
     return records
+
+
+def _plain_and_guided(model: EpisodeModel, threshold: float, batch: FeatureBatch, size: tuple[int, int]) -> ShotLogits:
+    """A rival's logits, and the same led by the photo's edges as ours are: what that step alone is worth to it."""
+    found = rival_logits(model, batch, size)
+    assert batch.query_photos is not None
+    photos, maps = batch.query_photos(size[0]), found.heads[HEAD]
+    height, width = batch.query_levels[0].shape[2:]
+    working = (height * PIXELS_PER_CELL, width * PIXELS_PER_CELL)
+    led = [guided_margins(maps[:, k] - threshold, photos, working) + threshold for k in range(maps.shape[1])]
+    return dataclasses.replace(found, heads={**found.heads, GUIDED: torch.stack(led, dim=1)})
 
 
 def _record(method: str, shots: int, metric: str, evaluation: Evaluation) -> Record:

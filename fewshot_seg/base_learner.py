@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from episodes.types import DataError
+from fewshot_seg.priors import COSINE_UNIT
 
 EVIDENCE_CHANNELS = ("other base class", "any base class", "commonness")
 """Names of the maps of `photo_evidence`, in order."""
 
 _SHARPNESS = 0.1  # cells have unit variance per channel and hundreds of channels: keeps the first logits small
 _LEAST = 1e-4  # of a probability in a logarithm
-_COSINE_UNIT = 0.1  # as in the priors
 
 
 class BaseLearner(nn.Module):
@@ -68,8 +68,15 @@ def class_profile(probabilities: Tensor, foreground: Tensor) -> Tensor:
     Returns:
         float (B, C) in [0, 1].
     """
-    seen = torch.einsum("bcm,bm->bc", probabilities[:, :-1], foreground)
-    return seen / seen.amax(dim=1, keepdim=True).clamp_min(1e-12)
+    return relative_to_largest(torch.einsum("bcm,bm->bc", probabilities[:, :-1], foreground))
+
+
+def relative_to_largest(seen: Tensor) -> Tensor:
+    """`class_profile` of probabilities that were summed over the object before: float (B, C) -> float (B, C).
+
+    C may be 0, without a base learner.
+    """
+    return seen / seen.amax(dim=1, keepdim=True).clamp_min(1e-12) if seen.shape[1] else seen
 
 
 def photo_evidence(probabilities: Tensor, profile: Tensor, features: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def commonness(features: Tensor) -> Tensor:
     What fills most of a photo is like its mean; objects stand out.
     """
     mean = F.normalize(features.mean(dim=(2, 3)), dim=1)
-    return torch.einsum("ndhw,nd->nhw", features, mean) / _COSINE_UNIT
+    return torch.einsum("ndhw,nd->nhw", features, mean) / COSINE_UNIT
 
 
 def base_class_loss(logits: Tensor, shares: Tensor) -> Tensor:

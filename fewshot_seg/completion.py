@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from episodes.types import IGNORE, DataError
 from fewshot_seg.decoder import ConvolutionBlock, MapDropout
-from fewshot_seg.priors import TEMPERATURE, soft_margin
+from fewshot_seg.priors import COSINE_UNIT, TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
 
-_COSINE_UNIT = 0.1  # as in the priors
 _CENTRE_WIDTH = 0.5  # twice the variance of the Gaussian that says where unknown objects are; half sides are 1
 _DILATIONS = (1, 2, 4, 1)  # the grid is 25 cells wide: the receptive field must span an object
 _LEAST_SHARE = 1e-4  # of a completed cell in the loss: its logarithm must stay finite
@@ -173,7 +172,7 @@ def _hints(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Ten
     likeness = []
     for side in (foreground, background):
         prototype = F.normalize(masked_average_pool(maps, side), dim=1)
-        likeness.append(torch.einsum("ndhw,nd->nhw", maps, prototype) / _COSINE_UNIT)
+        likeness.append(torch.einsum("ndhw,nd->nhw", maps, prototype) / COSINE_UNIT)
     y, x = (axis.expand_as(estimate) for axis in _coordinates(maps))
     has_object = _any(foreground).to(maps.dtype).expand_as(estimate)
     return torch.stack([foreground, background, still_open, *likeness, estimate, has_object, x, y], dim=1)

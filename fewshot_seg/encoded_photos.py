@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.types import DataError, SupportKind
+from fewshot_seg.base_learner import relative_to_largest
 from fewshot_seg.condensation import condense_cells
 from fewshot_seg.decoder import Decoder, MaskDecoder
 from fewshot_seg.feature_episodes import FeatureBatch, StoredPhotos
@@ -196,7 +197,7 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
     def pooled(name: str) -> Tensor:
         return F.normalize(summed(name), dim=1)
 
-    cells, seen = joined("cells"), summed("class_sum")[:, :-1]  # the background comes last
+    cells = joined("cells")
     if episodes[0][0].frozen is None:
         frozen = cells.new_zeros(len(episodes), 0, cells.shape[2], 0, 0)
     else:  # of one row: the photos' places are not needed
@@ -211,5 +212,5 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
         background_embedding=pooled("background_sum"),
         prototype=pooled("frozen_sum"),
         frozen=frozen,
-        profile=seen / seen.amax(dim=1, keepdim=True).clamp_min(1e-12) if seen.shape[1] else seen,
+        profile=relative_to_largest(summed("class_sum")[:, :-1]),  # the background comes last
     )

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from episodes.types import DataError
 from fewshot_seg.attention import attention_weights, score_direction
 from fewshot_seg.base_learner import class_profile, photo_evidence
-from fewshot_seg.priors import _COSINE_UNIT, log_density_ratio
+from fewshot_seg.priors import COSINE_UNIT, log_density_ratio
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork, join_levels
 
@@ -213,7 +213,7 @@ def whole_priors(
     nearest = [cosine.masked_fill((side < 0.5)[None, None], -1.0).amax(dim=2) for side in sides]
     in_cosines = [to_foreground - to_background, to_foreground, attention, *nearest]
     margin = log_density_ratio(cosine, of_each[0], of_each[1], temperature=temperature)
-    maps = [margin, *(one / _COSINE_UNIT for one in in_cosines)]
+    maps = [margin, *(one / COSINE_UNIT for one in in_cosines)]
     return torch.stack(maps, dim=1).reshape(batch, len(maps), height, width)
 
 

@@ -27,7 +27,7 @@ PRIOR_CHANNELS = (
 TEMPERATURE = 0.05
 """Temperature of the soft margin, in cosine units; `scripts/choose_temperature.py` compares others on base classes."""
 
-_COSINE_UNIT = 0.1
+COSINE_UNIT = 0.1
 """Cosines vary by about this much inside a photo; maps in this unit suit a small decoder."""
 
 _BLOCK = 2**19
@@ -167,11 +167,11 @@ def similarity_priors(
     )
     maps = [
         margin,
-        (to_foreground - to_background) / _COSINE_UNIT,
-        to_foreground / _COSINE_UNIT,
-        attention / _COSINE_UNIT,
-        nearest_foreground / _COSINE_UNIT,
-        nearest_background / _COSINE_UNIT,
+        (to_foreground - to_background) / COSINE_UNIT,
+        to_foreground / COSINE_UNIT,
+        attention / COSINE_UNIT,
+        nearest_foreground / COSINE_UNIT,
+        nearest_background / COSINE_UNIT,
     ]
     return torch.stack(maps, dim=1).reshape(batch, len(maps), height, width)
 

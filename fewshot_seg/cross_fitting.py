@@ -9,7 +9,7 @@ decoder is trained on these, and works on top of an embedding that is trained on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from episodes.types import DataError
 from fewshot_seg.base_learner import BaseLearner, base_class_loss
-from fewshot_seg.checkpoint import load_part
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.encoded_photos import EncodedPhotos
 from fewshot_seg.episode_logits import batches_with_progress
@@ -29,6 +28,7 @@ from fewshot_seg.priors import log_density_ratio
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps
 from fewshot_seg.similarity import cell_weights, join_levels
+from fewshot_seg.trainee import NamedModules
 from fewshot_seg.training import describe_episodes, metric_loss, weak_support_loss
 
 
@@ -61,27 +61,6 @@ def embedding_losses(segmenter: FewShotSegmenter, batch: FeatureBatch) -> dict[s
     return {"loss": metric + completion, "metric_loss": metric.detach(), "completion_loss": completion.detach()}
 
 
-class _Part:
-    """Modules of a segmenter as a trainee."""
-
-    def __init__(self, **parts: nn.Module | None) -> None:
-        self._parts = {name: part for name, part in parts.items() if part is not None}
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return [one for part in self._parts.values() for one in part.parameters() if one.requires_grad]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": one for name, part in self._parts.items() for key, one in part.state_dict().items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        for name, part in self._parts.items():
-            load_part(part, tensors, prefix=f"{name}.", where=where)
-
-    def set_training(self, training: bool) -> None:
-        for part in self._parts.values():
-            part.train(training)
-
-
 def train_embedding(
     segmenter: FewShotSegmenter,
     episodes: FeatureEpisodes,
@@ -105,7 +84,7 @@ def train_embedding(
         raise DataError(f"{steps} steps of {batch_size} need {steps * batch_size} episodes, got {len(episodes)}")
     device = next(segmenter.backbone.parameters()).device
     return optimise(
-        _Part(similarity=segmenter.similarity, completion=segmenter.completion),
+        NamedModules(similarity=segmenter.similarity, completion=segmenter.completion),
         lambda step: episodes.batches(batch_size, start=step * batch_size),
         lambda batch: embedding_losses(segmenter, batch.to(device)),
         plan=_plan(steps, learning_rate, weight_decay, seed, {"part": "embedding", "batch_size": batch_size}),
@@ -136,7 +115,7 @@ def train_base_learner(
     device = learner.weight.device
     draws = torch.Generator().manual_seed(seed)
     optimise(
-        _Part(base_learner=learner),
+        NamedModules(base_learner=learner),
         lambda step: (  # noqa: ARG005 - nothing is resumed here
             torch.randint(len(cells), (batch_size,), generator=draws) for _ in range(steps)
         ),
@@ -224,7 +203,7 @@ def train_decoder(
         return {"loss": decoder_loss(decoder(maps, maps, maps), sides[0], sides[1])}
 
     return optimise(
-        _Part(decoder=decoder),
+        NamedModules(decoder=decoder),
         lambda step: (order[n * batch_size : (n + 1) * batch_size] for n in range(step, steps)),
         loss,
         plan=_plan(steps, learning_rate, weight_decay, seed, {"part": "decoder", "batch_size": batch_size}),

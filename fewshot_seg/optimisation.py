@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from fewshot_seg.distributed import (
     said_once,
 )
 from fewshot_seg.runtime import atomic_path
+from fewshot_seg.trainee import Trainee
 
 Schedule = Literal["one-cycle", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -40,26 +41,6 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 _GRADIENT_NORM = 1.0
 
 Batch = TypeVar("Batch")
-
-
-class Trainee(Protocol):
-    """What is trained: its parameters, and its tensors for the checkpoint."""
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """Those that the optimiser may change, in a fixed order."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, for the checkpoint. No name begins with ``optimiser.``."""
-        ...
-
-    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        """Put `tensors` back. Raises DataError naming the file when they do not fit."""
-        ...
-
-    def set_training(self, training: bool) -> None:
-        """Switch dropout and the like."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

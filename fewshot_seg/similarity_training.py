@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from episodes.augment import EpisodeTransform
 from episodes.class_batches import BalancedBatches
 from episodes.labelled import LabelledImages
 from episodes.types import DataError
-from fewshot_seg.checkpoint import load_part
-from fewshot_seg.constraint import SimilarityMining
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.metric_losses import MetricLoss
@@ -32,32 +29,8 @@ from fewshot_seg.similarity_losses import (
     region_embeddings,
     region_triples,
 )
+from fewshot_seg.trainee import NamedModules
 from fewshot_seg.training import describe_episodes
-
-
-class _SimilarityTrainee:
-    """The network, and the soft mask where it is learned."""
-
-    def __init__(self, similarity: SimilarityNetwork, mining: SimilarityMining | None) -> None:
-        self._parts: dict[str, nn.Module] = {"similarity": similarity}
-        if mining is not None:
-            self._parts["mining"] = mining
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return [p for part in self._parts.values() for p in part.parameters() if p.requires_grad]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value for name, part in self._parts.items() for key, value in part.state_dict().items()
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        for name, part in self._parts.items():
-            load_part(part, tensors, prefix=f"{name}.", where=where)
-
-    def set_training(self, training: bool) -> None:
-        for part in self._parts.values():
-            part.train(training)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +189,7 @@ def train_on_photos(
         return photo_losses(similarity, moved, metric=metric, metric_weight=metric_weight, constraint=constraint)
 
     return optimise(
-        _SimilarityTrainee(similarity, None if constraint is None else constraint.mining),
+        NamedModules(similarity=similarity, mining=None if constraint is None else constraint.mining),
         batches.following,
         losses,
         plan=plan,
@@ -306,7 +279,7 @@ def train_on_episodes(
         )
 
     return optimise(
-        _SimilarityTrainee(segmenter.similarity, None if constraint is None else constraint.mining),
+        NamedModules(similarity=segmenter.similarity, mining=None if constraint is None else constraint.mining),
         lambda step: episodes.batches(batch_size, start=step * batch_size),
         losses,
         plan=plan,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from episodes.folds import ClassSplit
 from episodes.types import DataError
-from fewshot_seg.checkpoint import load_part
 from fewshot_seg.evaluation import choose_logit_thresholds
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.fold_data import FoldData, held_out_episodes, training_episodes
@@ -22,6 +21,7 @@ from fewshot_seg.rivals.enrichment import EnrichmentNetwork
 from fewshot_seg.rivals.model import HEAD, EpisodeModel, rival_logits
 from fewshot_seg.rivals.prototypes import PrototypeNetwork
 from fewshot_seg.rivals.transduction import TransductiveClassifier
+from fewshot_seg.trainee import NamedModules
 from fewshot_seg.training import describe_episodes
 
 
@@ -61,25 +61,6 @@ class TrainedRival:
     model: EpisodeModel
     threshold: float
     held_out_miou: float
-
-
-class _Rival:
-    """A rival as a trainee."""
-
-    def __init__(self, model: EpisodeModel) -> None:
-        self._model = model
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return trainable_parameters(self._model)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"rival.{name}": tensor for name, tensor in self._model.state_dict().items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        load_part(self._model, tensors, prefix="rival.", where=where)
-
-    def set_training(self, training: bool) -> None:
-        self._model.train(training)
 
 
 def trainable_parameters(model: EpisodeModel) -> list[nn.Parameter]:
@@ -124,7 +105,7 @@ def train_rival(
         return episodes.batches(batch_size, start=step * batch_size)
 
     return optimise(
-        _Rival(model),
+        NamedModules(rival=model),
         batches,
         lambda batch: model.losses(batch.to(device)),
         plan=plan,

@@ -164,47 +164,38 @@ def train_configured(
     similarity = (
         None if config.similarity is None else _read_similarity(config.similarity, data, config.backbone_weights)
     )
+    shared: dict[str, Any] = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "supports": config.supports,
+        "augment": config.augment,
+        "support_augment": config.support_augment,
+        "workers": config.workers,
+        "checkpoint_every": config.checkpoint_every,
+        "resume": config.resume,
+        "folder": folder,
+        "show_progress": show_progress,
+    }
     if config.cross_fits:
         return train_cross_fitted(
             lambda classes: new_segmenter(data.backbone, config, None, base_classes=classes),
             data,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
             decoder_steps=config.decoder_steps,
             decoder_episodes=((1, config.decoder_episodes), (5, -(-config.decoder_episodes // 6))),
-            supports=config.supports,
-            augment=config.augment,
-            support_augment=config.support_augment,
-            seed=config.seed,
-            checkpoint_every=config.checkpoint_every,
-            workers=config.workers,
-            folder=folder,
-            resume=config.resume,
-            show_progress=show_progress,
+            **shared,
         )
     return train_fold(
         partial(new_segmenter, data.backbone, config, similarity),
         data,
         shots=config.shots,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        augment=config.augment,
-        support_augment=config.support_augment,
-        supports=config.supports,
-        workers=config.workers,
         select_threshold=config.select_threshold,
         validation_episodes=config.validation_episodes,
-        folder=folder,
-        resume=config.resume,
-        show_progress=show_progress,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
         metric_weight=config.metric_weight,
         schedule=config.schedule,
-        checkpoint_every=config.checkpoint_every,
+        **shared,
     )
 
 

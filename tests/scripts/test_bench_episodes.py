@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,17 +12,10 @@ import pytest
 from episodes.index import build_index
 from episodes.sources import VocSource
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_episodes.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_episodes", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("bench_episodes")
 
 
 @pytest.fixture(scope="module")

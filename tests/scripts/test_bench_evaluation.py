@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -15,17 +15,11 @@ _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_evaluation.py
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(_SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_evaluation", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("bench_evaluation")
 
 
-def test_records_are_ratios(bench: Any, tmp_path: Path) -> None:
+def test_records_are_ratios(bench: ModuleType, tmp_path: Path) -> None:
     figures = {
         "loop": {"un-cached": 0.3, "warm": 0.02},
         "shots": {"1-shot": 0.01, "5-shot": 0.035},
@@ -45,7 +39,7 @@ def test_records_are_ratios(bench: Any, tmp_path: Path) -> None:
     assert "PASCAL-5i/3" in results.with_suffix(".md").read_text()
 
 
-def test_the_store_is_written_found_and_read(bench: Any, tmp_path: Path) -> None:
+def test_the_store_is_written_found_and_read(bench: ModuleType, tmp_path: Path) -> None:
     assert len(bench._store_times(5, tmp_path)) == 3
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5
 

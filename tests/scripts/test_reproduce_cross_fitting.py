@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce_cross_fitting.py"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(_SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("reproduce_cross_fitting", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("reproduce_cross_fitting")
 
 
 def stored(seed: int) -> dict[str, Tensor]:
@@ -37,7 +28,7 @@ def stored(seed: int) -> dict[str, Tensor]:
     }
 
 
-def test_every_ablation_ignores_what_it_does_without(script: Any) -> None:
+def test_every_ablation_ignores_what_it_does_without(script: ModuleType) -> None:
     decoders = script.ablations(stored(0), stored(1), steps=3)
     assert set(decoders) == {*script.WITHOUT, script.NO_STATISTICS, script.IN_FOLD}
     priors = stored(2)["priors"].float()
@@ -51,7 +42,7 @@ def test_every_ablation_ignores_what_it_does_without(script: Any) -> None:
         assert not torch.equal(decoders[name](priors, priors, priors), decoders[name](changed, priors, priors))
 
 
-def test_without_statistics_a_cell_does_not_know_the_rest_of_the_photo(script: Any) -> None:
+def test_without_statistics_a_cell_does_not_know_the_rest_of_the_photo(script: ModuleType) -> None:
     decoders = script.ablations(stored(0), stored(1), steps=3)
     priors = stored(2)["priors"].float()
     changed = priors.clone()
@@ -62,5 +53,5 @@ def test_without_statistics_a_cell_does_not_know_the_rest_of_the_photo(script: A
     assert not torch.equal(before, after)
 
 
-def test_the_threshold_of_the_margin_is_the_best_single_cut(script: Any) -> None:
+def test_the_threshold_of_the_margin_is_the_best_single_cut(script: ModuleType) -> None:
     assert script.margin_threshold(stored(0)) == pytest.approx(0.5, abs=0.06)

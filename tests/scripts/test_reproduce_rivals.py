@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -14,18 +14,12 @@ from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.segmenter import build_segmenter
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce_rivals.py"
 _BACKBONE = "mobilenetv3_small_050"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(_SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("reproduce_rivals", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def script(monkeypatch: pytest.MonkeyPatch, load_script: Callable[[str], ModuleType]) -> ModuleType:
+    module = load_script("reproduce_rivals")
     monkeypatch.setattr(module, "_TIMED_EPISODES", 2)
     monkeypatch.setattr(module, "_ROUNDS", 1)
     return module
@@ -45,7 +39,7 @@ def small(shared_voc: Path, tmp_path: Path) -> list[str]:
     return [part for name, value in {**given, **counts}.items() for part in (f"--{name}", str(value))]
 
 
-def test_a_small_run(script: Any, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run(script: ModuleType, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script.main([*small, "--record"])
     records = json.loads((tmp_path / "results.json").read_text())
     compared = (script.OURS, script.TITLES["repri-frozen"])
@@ -70,7 +64,7 @@ def test_a_small_run(script: Any, small: list[str], tmp_path: Path, capsys: pyte
         script.main([*small, "--episodes", "3"])
 
 
-def test_every_method_is_trained_without_ours_too(script: Any, small: list[str], tmp_path: Path) -> None:
+def test_every_method_is_trained_without_ours_too(script: ModuleType, small: list[str], tmp_path: Path) -> None:
     where, methods = small.index("--ours"), tuple(script.RIVALS)
     alone = small[:where] + small[where + 2 :]
     backbone = ["--backbone", _BACKBONE, "--backbone-weights", "random"]
@@ -84,7 +78,7 @@ def test_every_method_is_trained_without_ours_too(script: Any, small: list[str],
 
 @pytest.mark.parametrize("missing", [["--folds", "0", "1"], None])
 def test_what_is_recorded_is_whole(
-    script: Any, small: list[str], missing: list[str] | None, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, small: list[str], missing: list[str] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = small.index("--ours")
     arguments = [*small, *missing] if missing else small[:where] + small[where + 2 :]

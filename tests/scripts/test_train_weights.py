@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,6 @@ from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.runtime import read_json
 from fewshot_seg.shipped import GENERAL, shipped_models, verify_shipped
 
-_SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 _CATEGORIES = {
     1: "person",
     16: "bird",
@@ -60,12 +59,9 @@ class FewPictures(SyntheticSource):
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script with tiny recipes."""
-    monkeypatch.syspath_prepend(str(_SCRIPTS))
-    runs, general, module = (
-        importlib.import_module(name) for name in ("weight_runs", "general_model", "train_weights")
-    )
+    runs, general, module = map(load_script, ("weight_runs", "general_model", "train_weights"))
     monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(runs, "BACKBONE", {"name": "mobilenetv3_small_050", "weights": "random"})
     for recipes in (module, general):
@@ -137,11 +133,13 @@ def _goes_on(script: ModuleType, arguments: list[str], tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("script")
-def test_classes_are_dealt_to_training_choice_and_check(arguments: list[str], tmp_path: Path) -> None:
-    general = importlib.import_module("general_model")
+def test_classes_are_dealt_to_training_choice_and_check(
+    load_script: Callable[[str], ModuleType], arguments: list[str], tmp_path: Path
+) -> None:
+    general = load_script("general_model")
     voc, coco = (Path(arguments[arguments.index(flag) + 1]) for flag in ("--voc", "--coco"))
     source: JointSource = general.joint_source(voc, coco)
-    backbone = importlib.import_module("weight_runs").open_backbone("cpu")
+    backbone = load_script("weight_runs").open_backbone("cpu")
     whole = general.general_data(source, backbone, tmp_path / "cache")
     names = source.class_names
     generated = {names[class_id] for class_id in source.own_classes("synthetic")}

@@ -58,13 +58,18 @@ class FoldLists:
             )
 
     @property
+    def base_names(self) -> str:
+        """The base classes by name, for a message."""
+        return ", ".join(self.source.class_names[class_id] for class_id in self.split.base)
+
+    @property
     def choices(self) -> ClassSplit:
         """`held_out`. Raises DataError where no classes are held out."""
         self.check_base()
         if self.held_out is None:
             raise DataError(
-                f"{self.source.name} has too few base classes to hold some out for choices: name fewer "
-                "--novel-classes, or train with --no-select-threshold"
+                f"{self.source.name} has too few base classes to hold some out for choices: at least 2 are needed, "
+                f"there is {self.base_names}; name fewer --novel-classes, or train with --no-select-threshold"
             )
         return self.held_out
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from episodes.episode_files import fingerprint_pairs
 from episodes.folds import ClassSplit
 from episodes.protocols import list_pairs
 from episodes.sampler import drop_small_classes
@@ -36,13 +38,21 @@ def class_groups(data: FoldData) -> tuple[tuple[int, ...], ...]:
     turn: classes that follow each other often come from one place and look alike.
 
     Raises:
-        DataError: too few base classes to hold some out.
+        DataError: base classes for fewer than two groups.
     """
-    held_out = data.choices.novel
+    data.check_base()
+    held_out = () if data.held_out is None else data.held_out.novel
     rest = [class_id for class_id in data.split.base if class_id not in held_out]
     half = -(-len(rest) // 2)
     halves = (rest[::2], rest[1::2]) if data.fold is None else (rest[:half], rest[half:])
-    return tuple(group for group in (held_out, *map(tuple, halves)) if group)
+    groups = tuple(group for group in (held_out, *map(tuple, halves)) if group)
+    if len(groups) < 2:
+        raise DataError(
+            f"cross-fitting needs base classes in at least two groups, {data.source.name} has {len(data.split.base)} "
+            f"({data.base_names}) in one; name fewer --novel-classes, or train with "
+            "--training joint --no-select-threshold"
+        )
+    return groups
 
 
 def train_cross_fitted(
@@ -84,11 +94,12 @@ def train_cross_fitted(
         show_progress: bars on stderr.
 
     Returns:
-        The model; its threshold is 0. `held_out_miou` is the decoder's, over the cells of the episodes it was trained
-        on, none of whose classes its embedding had seen. There is no selection model.
+        The model; its threshold is 0. `held_out_miou` is the decoder's, over the cells of those episodes it was trained
+        on whose classes the embedding had not seen: `known_episodes` do not count. There is no selection model.
 
     Raises:
-        DataError: as `training_episodes`; a model without base learner; too few base classes.
+        DataError: as `training_episodes`; a model without base learner; too few base classes; a folder with priors of
+            other settings, where it is to be resumed.
     """
     if current_ranks().size > 1:
         raise said_once(
@@ -99,10 +110,22 @@ def train_cross_fitted(
         "resume": resume,
         "show_progress": show_progress,
     }
+    groups = class_groups(data)
     cells = class_cells(data, seed=seed, show_progress=show_progress)
+    settings = _data_settings(data) | {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "supports": supports,
+        "augment": augment,
+        "support_augment": support_augment,
+        "seed": seed,
+    }
 
-    def embedded(base: tuple[int, ...], novel: tuple[int, ...], name: str) -> FewShotSegmenter:
-        segmenter = build(len(base))
+    def embedded(segmenter: FewShotSegmenter, base: tuple[int, ...], name: str) -> FewShotSegmenter:
+        """The untrained model, its embedding trained on `base`."""
+        novel = tuple(class_id for class_id in data.split.base if class_id not in base) + data.split.novel
         drawn = training_episodes(
             data,
             ClassSplit(base=base, novel=novel),
@@ -129,31 +152,41 @@ def train_cross_fitted(
         _fit_base_learner(segmenter, cells, base, seed)
         return segmenter
 
-    def priors_of(number: int, group: tuple[int, ...]) -> dict[str, Tensor]:
-        others = tuple(class_id for class_id in data.split.base if class_id not in group)
-        return shown(embedded(others, (*group, *data.split.novel), f"group{number}"), group, decoder_episodes)
-
-    def shown(
-        segmenter: FewShotSegmenter, classes: tuple[int, ...], counts: Sequence[tuple[int, int]]
+    def priors_of(
+        file: str,
+        embedding: Callable[[], FewShotSegmenter],
+        described: dict[str, Any],
+        classes: tuple[int, ...],
+        counts: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
-        parts = []
-        for shots, count in _drawable(data, classes, counts):
-            drawn = group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
-            parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        """Priors of episodes of some classes, from the file if they are there."""
 
-    groups, found = class_groups(data), list[dict[str, Tensor]]()
-    if len(groups) < 2:
-        raise DataError("cross-fitting needs base classes in at least two groups; name fewer --novel-classes")
-    for number, group in enumerate(groups):
-        kept = None if folder is None else folder / f"group{number}" / "priors.safetensors"
+        def compute() -> dict[str, Tensor]:
+            segmenter, parts = embedding(), list[dict[str, Tensor]]()
+            for shots, count in _drawable(data, classes, counts):
+                drawn = group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
+                parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
+            return _joined(parts)
+
+        kept = None if folder is None else folder / file
         if kept is not None and not resume:
             kept.unlink(missing_ok=True)
-        found.append(keep_tensors(kept, partial(priors_of, number, group)))
-    segmenter = embedded(data.split.base, data.split.novel, "all")
+        return keep_tensors(kept, compute, settings | described | {"asked": classes, "episodes": counts})
+
+    found = list[dict[str, Tensor]]()
+    for number, group in enumerate(groups):
+        others = tuple(class_id for class_id in data.split.base if class_id not in group)
+        untrained, name = build(len(others)), f"group{number}"
+        embedding = partial(embedded, untrained, others, name)
+        described = _model_settings(untrained, others)
+        found.append(priors_of(f"{name}/priors.safetensors", embedding, described, group, decoder_episodes))
+    unseen = stored = _joined(found)
+    segmenter = embedded(build(len(data.split.base)), data.split.base, "all")
     if known_episodes:
-        found.append(shown(segmenter, data.split.base, known_episodes))
-    stored = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        described = _model_settings(segmenter, data.split.base)
+        file = "all/known_priors.safetensors"
+        known = priors_of(file, lambda: segmenter, described, data.split.base, known_episodes)
+        stored = _joined([unseen, known])
     if not isinstance(segmenter.decoder, ContextDecoder):
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")
     result = train_decoder(
@@ -165,8 +198,35 @@ def train_cross_fitted(
         **run,
     )
     segmenter.threshold = 0.0
-    miou = _cell_miou(segmenter.eval().decoder, stored)
+    miou = _cell_miou(segmenter.eval().decoder, unseen)
     return TrainedFold(segmenter=segmenter, selection=None, held_out_miou=miou, result=result)
+
+
+def _data_settings(data: FoldData) -> dict[str, Any]:
+    """What of the data decides the priors."""
+    protocol = {name: value for name, value in dataclasses.asdict(data.protocol).items() if name != "listed"}
+    return {
+        "data": data.fingerprint["training"],
+        "pairs": fingerprint_pairs(data.training_pairs),
+        "protocol": protocol,
+        "backbone": data.backbone.fingerprint,
+        "side": data.resolution,
+    }
+
+
+def _model_settings(segmenter: FewShotSegmenter, base: Sequence[int]) -> dict[str, Any]:
+    """What of the model decides the priors, trained or not."""
+    return {
+        "trained_on": base,
+        "similarity_rank": segmenter.similarity.rank,
+        "completion": None if segmenter.completion is None else segmenter.completion.description(),
+        "base_learner": None if segmenter.base_learner is None else segmenter.base_learner.description(),
+        "temperature": segmenter.temperature,
+    }
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _drawable(data: FoldData, group: Sequence[int], wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:

@@ -9,23 +9,23 @@ decoder is trained on these, and works on top of an embedding that is trained on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from episodes.types import DataError
 from fewshot_seg.base_learner import BaseLearner, base_class_loss
+from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.encoded_photos import EncodedPhotos
 from fewshot_seg.episode_logits import batches_with_progress
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.optimisation import Plan, TrainingResult, optimise
 from fewshot_seg.priors import log_density_ratio
-from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps
 from fewshot_seg.similarity import cell_weights, join_levels
 from fewshot_seg.trainee import NamedModules
@@ -223,12 +223,46 @@ def _plan(steps: int, learning_rate: float, weight_decay: float, seed: int, deta
     )
 
 
-def keep_tensors(path: Path | None, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from a file, or computed and written there. A file that is there is whole: it is renamed when it is."""
-    if path is not None and path.exists():
-        return dict(load_file(path))
+def keep_tensors(
+    path: Path | None, compute: Callable[[], dict[str, Tensor]], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Tensors from a file, or computed and written there. A file that is there is whole: it is renamed when it is.
+
+    Args:
+        path: of the file; None keeps nothing.
+        compute: makes the tensors.
+        settings: whatever decides them, JSON-able; written into the file.
+
+    Raises:
+        DataError: the file is of other settings, or does not say of which.
+    """
+    if path is None:
+        return compute()
+    now = json.loads(json.dumps(settings))  # as it comes back from the file
+    if path.exists():
+        try:
+            found, description = read_tensors(path)
+            kept = description["settings"]
+        except (DataError, KeyError) as error:
+            raise DataError(f"{path} is damaged, or of an earlier version; delete it to compute it anew") from error
+        if kept != now:
+            raise DataError(
+                f"{path} belongs to a run with other settings ({_differences(kept, now)}); choose another --out, or "
+                "leave out --resume to start again"
+            )
+        return found
     found = compute()
-    if path is not None:
-        with atomic_path(path) as temporary:
-            save_file(found, temporary)
+    write_tensors(path, found, {"format": 1, "settings": now})
     return found
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} was {_short(kept.get(name))}, now {_short(now.get(name))}"
+        for name in sorted(kept.keys() | now.keys())
+        if kept.get(name) != now.get(name)
+    )
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 60 else f"{text[:57]}..."

@@ -29,7 +29,7 @@ from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_segmenter
 from fewshot_seg.config import CacheSettings, Config, DataSettings, EvaluateConfig, SimilarityTrainConfig, TrainConfig
-from fewshot_seg.cross_fitted_fold import train_cross_fitted
+from fewshot_seg.cross_fitted_fold import class_groups, train_cross_fitted
 from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import TrainedFold, train_fold
@@ -49,6 +49,8 @@ _MAY_DIFFER = frozenset(
     {"resume", "out", "cache", "cache_gigabytes", "device", "workers", "checkpoint_every", "compile"}
 )
 """Settings that may change between a run and its resumption: they do not change the weights."""
+_BEFORE = {"training": "joint"}
+"""What runs did before a setting existed, where its default is something else."""
 
 
 def open_source(settings: DataSettings) -> MaskSource:
@@ -268,7 +270,9 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         show_progress=show_progress,
     )
     data.check_base()
-    held_out = list(data.choices.novel) if config.select_threshold else []  # before anything is written: both may raise
+    if config.cross_fits:
+        class_groups(data)
+    held_out = list(data.choices.novel) if config.select_threshold else []  # before anything is written: all may raise
     record = run_record("train", config, data)
     record["data"]["held_out_classes"] = held_out
     if current_ranks().first:
@@ -310,7 +314,10 @@ def check_folder(config: TrainConfig | SimilarityTrainConfig, names: Sequence[st
         raise DataError(
             f"{config.out} holds an earlier run ({kept[0]}); go on with it by --resume, or choose another --out"
         )
-    stored = read_json(config.out / RUN_NAME, what="record of the run").get("configuration", {})
+    record = read_json(config.out / RUN_NAME, what="record of the run")
+    if "configuration" not in record:
+        raise DataError(f"cannot resume {config.out}: {RUN_NAME} does not say its settings; choose another --out")
+    stored = config.defaults() | _BEFORE | record["configuration"]  # a setting may be younger than the run
     now = config.as_json()
     changed = sorted(name for name in now.keys() - _MAY_DIFFER if stored.get(name) != now[name])
     if changed:

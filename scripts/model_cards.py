@@ -187,8 +187,8 @@ def _training(entry: ShippedModel, facts: Facts) -> str:
         "",
         f"- Commit `{entry.commit}`; Python {environment['python']}, {versions}",
         f"- Cut at {results['threshold']:.3f}"
-        + ("" if held_out is None else f": mIoU {held_out:.1f} over the cells of the decoder's own training episodes,")
-        + ("" if held_out is None else " none of whose classes the embedding had seen"),
+        + ("" if held_out is None else f": mIoU {held_out:.1f} over the cells of those of the decoder's training ")
+        + ("" if held_out is None else "episodes whose classes the embedding had not seen"),
     ]
     lines += [f"- `{part}`: `{json.dumps(recipe[part])}`" for part in ("backbone", "model", "training")]
     return "\n".join(lines)

@@ -127,6 +127,11 @@ class Config:
         """Values as JSON has them."""
         return {setting.name: _plain(getattr(self, setting.name)) for setting in settings_of(type(self))}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Values of all settings that have a default, as JSON has them."""
+        return {setting.name: _plain(setting.default) for setting in settings_of(cls) if not setting.required}
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)

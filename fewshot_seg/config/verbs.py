@@ -172,6 +172,11 @@ class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
             raise DataError(
                 "--training cross-fit trains the similarity network: it needs --prior similarity, and no --similarity"
             )
+        if self.training == "cross-fit" and self.similarity_rank == 0:
+            raise DataError(
+                "--training cross-fit trains the similarity network, and --similarity-rank 0 leaves nothing of it to "
+                "train; give a rank of at least 1, or --training joint"
+            )
         if self.similarity is not None and self.prior != "similarity":
             raise DataError(f"--similarity is the source of the prior 'similarity', but --prior is {self.prior!r}")
         if self.decoder_width % 8:

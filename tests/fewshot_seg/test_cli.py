@@ -388,6 +388,22 @@ class TestBadInput:
         assert "cannot resume" in error_of(*again, "--resume", "--fold", "1")
         assert "fold was 0, now 1" in error_of(*again, "--resume", "--fold", "1")
 
+    def test_a_run_is_older_than_a_setting(self, tiny_voc: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+        """What the run does not know it did as by default; but before there was --training, it was joint."""
+        run, more = tmp_path / "run", ("--no-select-threshold", "--training", "joint")
+        assert train(tiny_voc, run, *more) == 0
+        record = json.loads((run / "run.json").read_text())
+        for name in ("training", "decoder_steps", "support_augment", "precision"):
+            del record["configuration"][name]
+        (run / "run.json").write_text(json.dumps(record))
+        assert train(tiny_voc, run, *more, "--resume") == 0
+        (run / "run.json").write_text(json.dumps(record))
+        again = ("train", "--root", str(tiny_voc), "--out", str(run), *TINY, *SIZE, *SHORT, *more, "--resume")
+        assert "training was joint, now cross-fit" in error_of(*again, "--training", "cross-fit")
+        assert "support_augment was None, now flip" in error_of(*again, "--support-augment", "flip")
+        (run / "run.json").write_text("{}")
+        assert "run.json does not say its settings; choose another --out" in error_of(*again)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -213,6 +213,11 @@ class TestCrossFits:
             TrainConfig(data="synthetic", training="cross-fit", **values)
         assert not TrainConfig(data="synthetic", training="joint", **values).cross_fits
 
+    def test_refuses_rank_0(self) -> None:
+        message = "--similarity-rank 0 leaves nothing of it to train; give a rank of at least 1, or --training joint"
+        with pytest.raises(DataError, match=message):
+            TrainConfig(data="synthetic", training="cross-fit", similarity_rank=0)
+
     @pytest.mark.parametrize(
         ("values", "message"),
         [

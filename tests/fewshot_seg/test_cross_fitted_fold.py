@@ -21,10 +21,12 @@ from fewshot_seg import cross_fitted_fold
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.checkpoint import trained_tensors
 from fewshot_seg.cross_fitted_fold import class_groups, train_cross_fitted
+from fewshot_seg.cross_fitting import train_decoder
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.experiment import TrainedFold
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes
 from fewshot_seg.fold_data import ClassCells, FoldData, class_cells, group_episodes, open_fold, training_episodes
+from fewshot_seg.optimisation import TrainingResult
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import join_levels
 
@@ -100,7 +102,7 @@ class TestClassGroups:
         assert len(groups) == min(count, 3)
 
     def test_one_class_cannot_be_dealt(self, data: FoldData) -> None:
-        with pytest.raises(DataError, match="too few base classes to hold some out"):
+        with pytest.raises(DataError, match=r"two groups, synthetic has 1 \(.*\) in one; .*--training joint"):
             class_groups(replace(data, split=ClassSplit(base=(1,), novel=(90,)), held_out=None))
 
 
@@ -346,12 +348,71 @@ class TestResume:
         for name, when in done.items():  # a group that was done is not done again
             assert (tmp_path / name / "priors.safetensors").stat().st_mtime_ns == when
 
+    def test_other_settings_are_refused_by_the_priors_too(self, data: FoldData, tmp_path: Path) -> None:
+        """The embeddings' checkpoints know of neither the episodes nor the model."""
+        train(data, tmp_path, steps=1, decoder_steps=1)
+        train(data, tmp_path, steps=1, decoder_steps=1, resume=True)
+        for changed, message in (
+            ({"decoder_episodes": ((1, 5),)}, r"episodes was \[\[1, 5\], \[2, 3\]\], now \[\[1, 5\]\]"),
+            ({"augment": "none"}, "augment was mirror, now none"),
+            ({"completion": True}, "completion was None, now"),
+        ):
+            with pytest.raises(DataError, match=message):
+                train(data, tmp_path, resume=True, **({"steps": 1, "decoder_steps": 1} | changed))
+
     def test_without_resume_it_starts_anew(self, data: FoldData, tmp_path: Path) -> None:
         train(data, tmp_path, steps=1, decoder_steps=1)
-        stale = tmp_path / "group1" / "priors.safetensors"
-        stale.write_bytes(b"of another run")
-        train(data, tmp_path, steps=1, decoder_steps=1)
-        assert stale.read_bytes() != b"of another run"
+        stale = [tmp_path / "group1" / "priors.safetensors", tmp_path / "all" / "known_priors.safetensors"]
+        for one in stale:
+            one.write_bytes(b"of another run")
+        train(data, tmp_path, steps=1, decoder_steps=1, known_episodes=((1, 4),))
+        assert all(one.read_bytes() != b"of another run" for one in stale)
+
+
+class TestKnownEpisodes:
+    def test_teach_the_decoder_but_do_not_count(self, data: FoldData, monkeypatch: pytest.MonkeyPatch) -> None:
+        scored, taught, whole = list[dict[str, Tensor]](), list[dict[str, Tensor]](), cross_fitted_fold._cell_miou
+
+        def scores(decoder: torch.nn.Module, stored: dict[str, Tensor]) -> float:
+            scored.append(stored)
+            return whole(decoder, stored)
+
+        def teaches(decoder: ContextDecoder, stored: dict[str, Tensor], **options: Any) -> TrainingResult:
+            taught.append(stored)
+            return train_decoder(decoder, stored, **options)
+
+        monkeypatch.setattr(cross_fitted_fold, "_cell_miou", scores)
+        monkeypatch.setattr(cross_fitted_fold, "train_decoder", teaches)
+        without = train(data, steps=1, decoder_steps=1)
+        known = train(data, steps=1, decoder_steps=1, known_episodes=((1, 4), (2, 3)))
+        assert [len(one["priors"]) for one in scored] == [24, 24]  # 5 + 3 of each group
+        assert [len(one["priors"]) for one in taught] == [24, 31]
+        for name, tensor in scored[0].items():
+            assert torch.equal(tensor, scored[1][name]), name
+            assert torch.equal(tensor, taught[1][name][:24]), name
+        assert known.held_out_miou is not None
+        left, right = trained_tensors(without.segmenter), trained_tensors(known.segmenter)
+        assert {name.split(".")[0] for name in left if not torch.equal(left[name], right[name])} == {"decoder"}
+
+    def test_are_kept_for_a_resumed_run(self, data: FoldData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: dict[str, Any] = {"steps": 1, "decoder_steps": 2, "known_episodes": ((1, 4),), "resume": True}
+
+        def dies(*_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cross_fitted_fold, "train_decoder", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train(data, tmp_path, **given)
+        assert (tmp_path / "all" / "known_priors.safetensors").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(cross_fitted_fold, "priors_of_episodes", dies)  # all are at hand
+            resumed = train(data, tmp_path, **given)
+        whole = train(data, **given)
+        assert_same_weights(resumed, whole)
+        assert resumed.held_out_miou == whole.held_out_miou
+        with pytest.raises(DataError, match=r"known_priors\.safetensors belongs .*episodes was \[\[1, 4\]\], now"):
+            train(data, tmp_path, **(given | {"known_episodes": ((1, 5),)}))
 
 
 class TestRefused:
@@ -361,7 +422,7 @@ class TestRefused:
 
     def test_one_group(self, data: FoldData) -> None:
         alone = replace(data, split=ClassSplit(base=(1, 2), novel=NOVEL), held_out=ClassSplit(base=(), novel=(1, 2)))
-        with pytest.raises(DataError, match="at least two groups; name fewer --novel-classes"):
+        with pytest.raises(DataError, match=r"two groups, synthetic has 2 \(.*\) in one; name fewer --novel-classes"):
             train(alone)
 
     def test_several_processes(self, data: FoldData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from episodes.index import ClassIndex
@@ -18,7 +19,7 @@ from episodes.types import DataError, SupportKind
 from fewshot_seg import cross_fitting
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.base_learner import BaseLearner, base_class_loss
-from fewshot_seg.checkpoint import read_tensors, trained_tensors
+from fewshot_seg.checkpoint import read_tensors, trained_tensors, write_tensors
 from fewshot_seg.cross_fitting import (
     decoder_loss,
     embedding_losses,
@@ -374,20 +375,48 @@ class TestKeepTensors:
             return {"a": torch.arange(3), "b": torch.rand(2, 2).half()}
 
         path = tmp_path / "new" / "kept.safetensors"
-        first, second = keep_tensors(path, compute), keep_tensors(path, compute)
+        settings = {"steps": 3, "classes": (1, 2), "completion": None}
+        first, second = (keep_tensors(path, compute, settings) for _ in range(2))
         assert len(calls) == 1
         assert_same_weights(first, second)
         assert [one.name for one in path.parent.iterdir()] == ["kept.safetensors"]
 
     def test_without_a_file(self) -> None:
-        assert keep_tensors(None, lambda: {"a": torch.ones(1)})["a"].item() == 1
+        assert keep_tensors(None, lambda: {"a": torch.ones(1)}, {})["a"].item() == 1
 
     def test_nothing_half_written(self, tmp_path: Path) -> None:
         def dies() -> dict[str, Tensor]:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            keep_tensors(tmp_path / "kept.safetensors", dies)
-        with pytest.raises(ValueError, match="Tensor"):
-            keep_tensors(tmp_path / "kept.safetensors", lambda: {"a": "no tensor"})  # type: ignore[dict-item]
+            keep_tensors(tmp_path / "kept.safetensors", dies, {})
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            keep_tensors(tmp_path / "kept.safetensors", lambda: {"a": torch.ones(1)}, {"path": tmp_path})
         assert list(tmp_path.iterdir()) == []
+
+    def test_other_settings(self, tmp_path: Path) -> None:
+        path, calls = tmp_path / "kept.safetensors", list[int]()
+
+        def compute() -> dict[str, Tensor]:
+            calls.append(1)
+            return {"a": torch.ones(1)}
+
+        keep_tensors(path, compute, {"steps": 3, "classes": list(range(40)), "seed": 0})
+        with pytest.raises(DataError, match=r"other settings \(steps was 3, now 4\); choose another --out, or leave"):
+            keep_tensors(path, compute, {"steps": 4, "classes": list(range(40)), "seed": 0})
+        with pytest.raises(
+            DataError, match=r"\(classes was \[0, 1, .{40,60}\.\.\., now \[2\], shots was None, now 1\)"
+        ):
+            keep_tensors(path, compute, {"steps": 3, "classes": [2], "seed": 0, "shots": 1})
+        assert len(calls) == 1
+
+    def test_a_file_of_an_earlier_version_or_damaged(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.safetensors"
+        for write in (
+            lambda: save_file({"a": torch.ones(1)}, path),
+            lambda: write_tensors(path, {"a": torch.ones(1)}, {"format": 1}),
+            lambda: path.write_bytes(b"torn"),
+        ):
+            write()
+            with pytest.raises(DataError, match=r"kept.safetensors is damaged, or of an earlier version; delete it"):
+                keep_tensors(path, dict, {})

@@ -458,6 +458,12 @@ class TestTrain:
         )
         for more in ([], ["--no-select-threshold"]):
             assert error_of(*train, *more).startswith(message)
+        for more in ([], ["--no-select-threshold"]):
+            cross_fit = (*train, "--training", "cross-fit", "--novel-classes", "ant", "bee")
+            assert error_of(*cross_fit, *more) == (
+                "cross-fitting needs base classes in at least two groups, folder has 1 (cat) in one; name fewer "
+                "--novel-classes, or train with --training joint --no-select-threshold"
+            )
         assert "too few base classes" in error_of(*train, "--novel-classes", "ant", "bee")
         assert not run.exists()
         call(*train, "--novel-classes", "cat")

@@ -29,6 +29,7 @@ from fewshot_seg.similarity import SimilarityNetwork
 
 _KEY = "fewshot_seg"
 _FORMAT = 1
+_DECODERS: dict[str, type[Decoder]] = {"context": ContextDecoder, "mask": MaskDecoder, "readout": PriorReadout}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,11 +128,10 @@ def save_segmenter(
         resolution: side of the square it was trained at.
         notes: JSON-able facts for the reader.
     """
-    decoder = segmenter.decoder
     description = {
         **_describe_backbone(segmenter.backbone, backbone_weights),
         "similarity_rank": segmenter.similarity.rank,
-        "decoder": decoder.description(),
+        "decoder": {"kind": _kind_of(segmenter.decoder), **segmenter.decoder.description()},
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
         "base_learner": None if segmenter.base_learner is None else segmenter.base_learner.description(),
         "guided": segmenter.guided,
@@ -186,12 +186,14 @@ def load_segmenter(
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)
 
 
+def _kind_of(decoder: Decoder) -> str:
+    return next(kind for kind, one in _DECODERS.items() if isinstance(decoder, one))
+
+
 def _decoder_of(description: Mapping[str, Any]) -> Decoder:
     arguments = dict(description)
-    kind = arguments.pop("kind", None)
-    if "channel" in arguments:
-        return PriorReadout(**arguments)
-    return ContextDecoder(**arguments) if kind == "context" else MaskDecoder(**arguments)
+    older = "readout" if "channel" in arguments else "mask"  # earlier files name the kind of a ContextDecoder alone
+    return _DECODERS[arguments.pop("kind", older)](**arguments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

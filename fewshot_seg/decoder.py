@@ -222,20 +222,27 @@ class ContextDecoder(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """Arguments that build it again, all but the seed."""
-        return {"kind": "context"} | self._description
+        return dict(self._description)
 
     @torch.no_grad()
     def fit_scales(self, priors: Tensor) -> None:
         """Set the units of the maps from priors float (B, P, h, w) like those it will be trained on.
 
-        The first map keeps its unit: its zero and its slope mean something.
+        The first map keeps its unit: its zero and its slope mean something. One episode does not tell how statistics
+        differ between photos: they keep theirs, too.
+
+        Raises:
+            DataError: no episode.
         """
-        spread = priors.float().transpose(0, 1).flatten(1).std(dim=1).clamp_min(1e-3)
+        if not len(priors):
+            raise DataError("the units of the priors are set from at least one episode, got none")
+        values = priors.float().transpose(0, 1).flatten(1)
+        spread = values.std(dim=1).clamp_min(1e-3) if values.shape[1] > 1 else torch.ones_like(values[:, 0])
         spread[0] = 1
         self.scale.copy_(spread)
         seen = map_statistics(priors.float() / spread[:, None, None])
         self.statistics_mean.copy_(seen.mean(dim=0))
-        self.statistics_scale.copy_(seen.std(dim=0).clamp_min(0) + 1e-3)
+        self.statistics_scale.copy_(seen.std(dim=0).clamp_min(0) + 1e-3 if len(seen) > 1 else torch.ones_like(seen[0]))
 
     def forward(self, priors: Tensor, query_maps: Tensor, prototype: Tensor) -> Tensor:  # noqa: ARG002
         """float (B, P, h, w) -> logits float (B, h, w); the other arguments are the `MaskDecoder`'s."""

@@ -153,6 +153,17 @@ class TestRoundTrip:
         for name, tensor in trained_tensors(segmenter).items():
             assert torch.equal(trained_tensors(loaded)[name], tensor), name
 
+    @pytest.mark.parametrize(("kind", "named"), [("ours", "mask"), ("readout", "readout"), ("base learner", "context")])
+    def test_the_kind_of_decoder_is_in_the_file(
+        self, tmp_path: Path, tiny_backbone: Backbone, kind: str, named: str
+    ) -> None:
+        segmenter, path = make(tiny_backbone, kind), tmp_path / "model"
+        save_segmenter(path, segmenter, backbone_weights="random", resolution=64)
+        assert read_tensors(path)[1]["decoder"] == {"kind": named} | segmenter.decoder.description()
+        if named != "context":  # the only kind that earlier files name
+            rewrite(path, lambda _, told: told["decoder"].pop("kind"))
+            assert type(load_segmenter(path).segmenter.decoder) is type(segmenter.decoder)
+
     def test_a_file_of_before_there_were_base_learners(self, model: Path, tiny_backbone: Backbone) -> None:
         rewrite(model, lambda _, told: told.pop("base_learner"))
         loaded = load_segmenter(model).segmenter

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from episodes.types import DataError
 from fewshot_seg.attention import scale_map
-from fewshot_seg.checkpoint import _decoder_of
 from fewshot_seg.decoder import ContextDecoder, ConvolutionBlock, MaskDecoder, PriorReadout, map_statistics
 
 FEATURES = 12
@@ -235,6 +234,22 @@ class TestContextDecoder:
         assert decoder.scale.min() >= 1e-3
         assert decoder(priors, *inputs(4)[1:]).isfinite().all()
 
+    @pytest.mark.parametrize("size", [(5, 4), (1, 1)])
+    def test_scales_of_one_episode(self, size: tuple[int, int]) -> None:
+        """It shows how maps vary within a photo (if it has several cells), but not how photos differ."""
+        decoder = worked(build_context(prior_channels=3))
+        priors = 4 * torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        decoder.fit_scales(priors)
+        spread = [1, *(priors[0, n].std().item() if priors[0, n].numel() > 1 else 1 for n in (1, 2))]
+        assert decoder.scale.tolist() == pytest.approx(spread)
+        seen = map_statistics(priors / torch.tensor(spread)[:, None, None])[0]
+        torch.testing.assert_close(decoder.statistics_mean, seen)
+        assert torch.equal(decoder.statistics_scale, torch.ones_like(seen))
+
+    def test_scales_of_no_episode(self) -> None:
+        with pytest.raises(DataError, match="from at least one episode, got none"):
+            build_context(prior_channels=3).fit_scales(torch.zeros(0, 3, 5, 4))
+
     def test_equals_a_small_network_at_every_cell(self) -> None:
         """Shifted by what the statistics of the whole photo say."""
         decoder, (priors, *others) = worked(build_context()), inputs()
@@ -289,8 +304,7 @@ class TestContextDecoder:
 
     def test_description_builds_it_again(self) -> None:
         decoder = worked(build_context(dropout=0.3))
-        twin = _decoder_of(decoder.description())
-        assert isinstance(twin, ContextDecoder)
+        twin = ContextDecoder(**decoder.description())
         twin.load_state_dict(decoder.state_dict())
         assert torch.equal(twin.eval()(*inputs()), decoder(*inputs()))
         assert twin.description() == decoder.description()

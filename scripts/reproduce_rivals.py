@@ -98,7 +98,7 @@ def _open(given: argparse.Namespace, backbone: Backbone, fold: int) -> FoldData:
     )
 
 
-def _cell_folder(given: argparse.Namespace, fold: int) -> Path:
+def _cell_folder(given: argparse.Namespace, fold: int | None) -> Path:
     return Path(given.out) / f"fold{fold}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from PIL import Image
 from episodes.sources import JointSource, SyntheticSource
 from episodes.types import DataError
 from fewshot_seg.checkpoint import load_segmenter
+from fewshot_seg.cross_fitting import train_base_learner
 from fewshot_seg.runtime import read_json
 from fewshot_seg.shipped import GENERAL, shipped_models, verify_shipped
 
@@ -63,6 +65,8 @@ def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     """The script with tiny recipes."""
     runs, general, module = map(load_script, ("weight_runs", "general_model", "train_weights"))
     monkeypatch.setenv("FEWSHOT_SEG_CACHE", str(tmp_path / "cache"))
+    quick = partial(train_base_learner, steps=5, batch_size=64)
+    monkeypatch.setattr("fewshot_seg.cross_fitted_fold.train_base_learner", quick)
     monkeypatch.setattr(runs, "BACKBONE", {"name": "mobilenetv3_small_050", "weights": "random"})
     for recipes in (module, general):
         monkeypatch.setattr(recipes, "MODEL", recipes.MODEL | {"decoder_width": 8, "decoder_blocks": 0})

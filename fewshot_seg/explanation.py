@@ -118,8 +118,10 @@ def explain_episode(
 
 
 def episode_panels(episode: ExplainedEpisode) -> dict[str, Panel]:
-    """What is shown of an episode, at the photos' own sizes, in this order: ``support`` (or ``support 1``...), ``query``,
-    ``attention``, ``prior`` where there is one, ``prediction`` and ``truth``.
+    """What is shown of an episode, at the photos' own sizes.
+
+    In this order: ``support`` (or ``support 1``...), ``query``, ``attention``, ``prior`` where there is one,
+    ``prediction`` and ``truth``.
     """
     overlay = overlay_mask if episode.support == "mask" else overlay_annotation
     panels = dict[str, Panel]()

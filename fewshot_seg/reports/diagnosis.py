@@ -212,12 +212,12 @@ def _cut(mean: float, best: float | None) -> tuple[str, ...]:
         return ()
     numbers = f"the mean IoU of its photos is {mean:.0f} %, and the best threshold for every single photo would give"
     if best - mean >= 1.5 * _CLEAR:
-        return (f"The order of the pixels is better than the cut: {numbers} {best:.0f} %.",)
+        return (f"Much of it is the threshold: {numbers} {best:.0f} %.",)
     if best - mean >= _WORTH:
         return (f"Part of it is the threshold: {numbers} {best:.0f} %.",)
     if best < 60:
         return (
-            f"Another threshold would not help much, the order of the pixels is wrong: {numbers} only {best:.0f} %.",
+            f"Another threshold would not help, it takes other things for the object: {numbers} only {best:.0f} %.",
         )
     return (f"The threshold suits: {numbers} {best:.0f} %.",)
 

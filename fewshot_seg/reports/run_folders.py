@@ -109,8 +109,8 @@ def read_run(folder: Path) -> ReportedRun:
         _check(run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{folder} is no run that can be reported ({type(error).__name__}: {error}); it may be of an earlier version "
-            "or of `similarity evaluate`: evaluate again"
+            f"{folder} is no run that can be reported ({type(error).__name__}: {error}); it may be of an earlier "
+            "version or of `similarity evaluate`: evaluate again"
         ) from error
     return run
 

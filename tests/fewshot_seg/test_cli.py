@@ -280,6 +280,7 @@ def test_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], erro
     assert episode["iou"] == pytest.approx(100 * finding["both"] / union)
 
     page = tmp_path / "page.html"
+    capsys.readouterr()
     assert main(["report", one, other, "--out", str(page)]) == 0
     assert capsys.readouterr().out == f"report: {page}\n"
     text = page.read_text()

@@ -25,6 +25,7 @@ from fewshot_seg.config import (
     ExportConfig,
     PredictConfig,
     PrepareConfig,
+    ReportConfig,
     Setting,
     ShowConfig,
     SimilarityEvaluateConfig,
@@ -56,6 +57,7 @@ _VERBS: dict[str, _Verb] = {
     "train": (TrainConfig, commands.train, "train one fold"),
     "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
     "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
+    "report": (ReportConfig, commands.report, "write report.html of one run, or of several side by side"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
     "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
 }
@@ -143,7 +145,7 @@ def _add_verb(verbs: Any, name: str, verb: _Verb) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
     for setting in settings_of(config_class):
         if setting.positional:  # also optional for argparse: the line for a missing one is the configuration's
-            options = _options(setting) | {"nargs": "?"}
+            options = _options(setting) | {"nargs": "*" if setting.many else "?"}
             parser.add_argument(setting.name, default=argparse.SUPPRESS, **options)
         else:
             parser.add_argument(setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_options(setting))

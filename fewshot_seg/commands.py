@@ -16,6 +16,7 @@ from fewshot_seg.config import (
     ExplainConfig,
     ExportConfig,
     PredictConfig,
+    ReportConfig,
     TrainConfig,
 )
 from fewshot_seg.demo import run_demo, score_table
@@ -31,17 +32,19 @@ from fewshot_seg.photos import WORKING_PIXELS, find_queries
 from fewshot_seg.predicted_files import COCO_NAME, FolderPrediction, predict_folder
 from fewshot_seg.predictors import USUAL_SIZE, method_for_photos, predictor_of
 from fewshot_seg.report import Figure, Section, Table, text_table, write_page
+from fewshot_seg.reports import REPORT_NAME, chosen_episodes, draw_gallery, read_run, write_report
 from fewshot_seg.runs import (
+    EVALUATION_NAME,
     MODEL_NAME,
     RUN_NAME,
     benchmark_name,
     check_novel,
-    episode_records,
     known_by_name,
     of_episodes,
     run_record,
     run_training,
     score_record,
+    write_evaluation,
 )
 from fewshot_seg.runtime import environment, pick_device, write_json
 from fewshot_seg.support_photos import read_supports, split_name
@@ -52,7 +55,7 @@ def demo(config: DemoConfig) -> int:
     result = run_demo(config, show_progress=True)
     print(f"novel classes of the synthetic pictures, 1-shot, {config.episodes} episodes\n")
     print(text_table(score_table(result.scores)))
-    print(f"\npictures and figures: {result.page.resolve()}")
+    print(f"\nreport: {result.page.resolve()}")
     return 0
 
 
@@ -100,7 +103,7 @@ def evaluate_method(config: EvaluateConfig) -> int:
     )
     evaluation: Evaluation | NWayEvaluation
     if config.ways == 1:
-        evaluation = evaluate(method.segmenter, episodes, **arguments)
+        evaluation = evaluate(method.segmenter, episodes, findings=True, **arguments)
     else:
         evaluation = evaluate_n_way(method.segmenter, episodes, ways=config.ways, **arguments)
     if not first:
@@ -127,9 +130,30 @@ def evaluate_method(config: EvaluateConfig) -> int:
         **score_record(evaluation.result, data.source.class_names),
         "repeats": [one.miou for one in evaluation.repeats],
     }
-    write_json(config.out / "evaluation.json", results | {"episodes": episode_records(evaluation)})
-    write_json(config.out / RUN_NAME, run_record("evaluate", config, data) | {"results": results})
+    write_evaluation(config.out, run_record("evaluate", config, data), results, evaluation, data.source.class_names)
     _print_scores(config, data, evaluation.result, results)
+    scores = evaluation.episode_iou.tolist() if isinstance(evaluation, Evaluation) else []  # ways compete: not drawn
+    draw_gallery(
+        method.segmenter,
+        data.source,
+        specs,
+        numbers=chosen_episodes(specs, scores, config.report_episodes),
+        fingerprint=results["episodes_fingerprint"],
+        resolution=data.resolution,
+        folder=config.out,
+        support=config.support,
+        fit=data.protocol.fit,
+        show_progress=True,
+    )
+    write_report(config.out / REPORT_NAME, [read_run(config.out)])
+    print(f"report: {(config.out / REPORT_NAME).resolve()}")
+    return 0
+
+
+def report(config: ReportConfig) -> int:
+    """One page of one run, or of several side by side."""
+    write_report(config.out, [read_run(folder) for folder in config.runs])
+    print(f"report: {config.out.resolve()}")
     return 0
 
 
@@ -143,7 +167,7 @@ def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, res
     if results["known_by_name"]:
         known = ", ".join(results["known_by_name"])
         print(f"not novel: {results['method']} was trained on classes of these names from other data: {known}")
-    print(f"per episode: {config.out / 'evaluation.json'}")
+    print(f"per episode: {config.out / EVALUATION_NAME}")
 
 
 def _title(config: EpisodeSettings, data: FoldData) -> str:

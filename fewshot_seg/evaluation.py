@@ -26,6 +26,7 @@ from fewshot_seg.episode_logits import (
     square_targets,
 )
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
+from fewshot_seg.findings import Finding, find, other_classes
 from fewshot_seg.metrics import EpisodeIoU, Float64Array, IoUResult, intersection_union, mean_result
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shot_rules import check_shot_rule
@@ -44,6 +45,7 @@ class Evaluation:
         specs: episodes of all repeats.
         episode_iou: float64 (N,), percent, same order.
         seconds: of the whole evaluation.
+        findings: one per episode, same order; empty unless asked for.
     """
 
     result: IoUResult
@@ -51,6 +53,7 @@ class Evaluation:
     specs: tuple[EpisodeSpec, ...]
     episode_iou: Float64Array
     seconds: float
+    findings: tuple[Finding, ...] = ()
 
 
 def evaluate(
@@ -64,6 +67,7 @@ def evaluate(
     repeats: int = 1,
     support_cells: int | None = None,
     batch_size: int = 10,
+    findings: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
     """mIoU and FB-IoU over all episodes.
@@ -72,14 +76,15 @@ def evaluate(
         segmenter: model, with its threshold.
         episodes: what is scored.
         scoring_size: side of the square at which masks are compared; None compares at the label's original size.
-        source: original masks, read only when scoring_size is None.
-        fit: how the photos were made square; read only when scoring_size is None. At the square, padded pixels are
-            255 in the mask and do not count, but they can hold the image's largest number of votes.
+        source: original masks, read only when scoring_size is None, and for the findings.
+        fit: how the photos were made square; read only then, too. At the square, padded pixels are 255 in the mask and
+            do not count, but they can hold the image's largest number of votes.
         shot_rule: how K supports become one mask, see `fewshot_seg.shot_rules`.
         repeats: the episodes are so many equal parts one after another, each scored on its own; the result is their
             mean.
         support_cells: cells that the supports of an episode keep together, see `EncodedPhotos`; None keeps all.
         batch_size: episodes at a time; does not change the scores.
+        findings: also say of every episode what was missed and what was marked wrongly.
         show_progress: bar with time left on stderr.
 
     Raises:
@@ -96,6 +101,7 @@ def evaluate(
         repeats=repeats,
         support_cells=support_cells,
         batch_size=batch_size,
+        findings=findings,
         show_progress=show_progress,
     )["decoder"]
 
@@ -112,6 +118,7 @@ def evaluate_heads(
     repeats: int = 1,
     support_cells: int | None = None,
     batch_size: int = 10,
+    findings: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Evaluation]:
     """As `evaluate`, for several (decoder, threshold) that read the same priors, in one pass over the episodes."""
@@ -127,6 +134,7 @@ def evaluate_heads(
         fit=fit,
         repeats=repeats,
         batch_size=batch_size,
+        findings=findings,
         show_progress=show_progress,
     )
 
@@ -141,26 +149,32 @@ def evaluate_logits(
     fit: Fit = "squash",
     repeats: int = 1,
     batch_size: int = 10,
+    findings: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Evaluation]:
     """As `evaluate`, for any method that gives logits; by name, (head of the logits, threshold) to score it at."""
     check_repeats(len(episodes), repeats)
-    parts, began = list[tuple[dict[str, EpisodeIoU], tuple[EpisodeSpec, ...]]](), time.perf_counter()
+    parts, began = (
+        list[tuple[dict[str, EpisodeIoU], dict[str, list[Finding]], tuple[EpisodeSpec, ...]]](),
+        time.perf_counter(),
+    )
     for batch in batches_of_rank(episodes, batch_size, show_progress, "evaluating"):
         side, metrics = scoring_size or batch.query_masks.shape[-1], {name: EpisodeIoU() for name in cuts}
         logits = read(batch, (side, side))
+        found: dict[str, list[Finding]] = {name: [] for name in cuts}
         for name, (head, threshold) in cuts.items():
-            if scoring_size is None:
-                _score_at_original(metrics[name], logits, head, threshold, batch, source, fit)
-            else:
-                masks = logits.margins(head, threshold) > 0
-                metrics[name].update(masks, square_targets(batch, side), batch.class_ids)
-        parts.append((metrics, batch.specs))
+            scored = _scored(logits, head, threshold, batch, scoring_size, source, fit)
+            for spec, (margins, target) in zip(batch.specs, scored, strict=True):
+                metrics[name].update(margins[None] > 0, target[None], [spec.class_id])
+                if findings:
+                    others = other_classes(source, spec.query_id, spec.class_id, side=scoring_size, fit=fit)
+                    found[name].append(find(margins, target, others, ranked=logits.rule != "vote"))
+        parts.append((metrics, found, batch.specs))
     parts = gather_dealt(parts)
-    specs = tuple(spec for _, of_batch in parts for spec in of_batch)
+    specs = tuple(spec for *_, of_batch in parts for spec in of_batch)
     seconds, evaluations = time.perf_counter() - began, {}
     for name in cuts:
-        metric = EpisodeIoU.joined([metrics[name] for metrics, _ in parts])
+        metric = EpisodeIoU.joined([metrics[name] for metrics, _, _ in parts])
         results = tuple(part.compute() for part in metric.split(repeats))
         evaluations[name] = Evaluation(
             result=mean_result(results),
@@ -168,6 +182,7 @@ def evaluate_logits(
             specs=specs,
             episode_iou=metric.episode_iou(),
             seconds=seconds,
+            findings=tuple(one for _, found, _ in parts for one in found[name]),
         )
     return evaluations
 
@@ -189,20 +204,22 @@ def batches_of_rank(
             bar.update(len(batch.specs) // ways)
 
 
-def _score_at_original(
-    metric: EpisodeIoU,
+def _scored(
     logits: ShotLogits,
     head: str,
     threshold: float,
     batch: FeatureBatch,
+    scoring_size: int | None,
     originals: MaskSource,
     fit: Fit,
-) -> None:
-    """Add a batch, each query at its label's own size."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Margins float (H, W) and target uint8 (H, W) of every query: at the square, or at its label's own size."""
+    if scoring_size is not None:
+        yield from zip(logits.margins(head, threshold), square_targets(batch, scoring_size), strict=True)
+        return
     for row, spec in enumerate(batch.specs):
         target = torch.from_numpy(originals.mask(spec.query_id, spec.class_id))
-        margins = logits.resized_margins(head, threshold, row, (target.shape[0], target.shape[1]), fit)
-        metric.update(margins[None] > 0, target[None], [spec.class_id])
+        yield logits.resized_margins(head, threshold, row, (target.shape[0], target.shape[1]), fit), target
 
 
 def check_repeats(episodes: int, repeats: int) -> None:

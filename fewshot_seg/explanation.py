@@ -117,6 +117,31 @@ def explain_episode(
     )
 
 
+def episode_panels(episode: ExplainedEpisode) -> dict[str, Panel]:
+    """What is shown of an episode, at the photos' own sizes.
+
+    In this order: ``support`` (or ``support 1``...), ``query``, ``attention``, ``prior`` where there is one,
+    ``prediction`` and ``truth``.
+    """
+    overlay = overlay_mask if episode.support == "mask" else overlay_annotation
+    panels = dict[str, Panel]()
+    for number, (image, mask) in enumerate(zip(episode.support_images, episode.support_masks, strict=True), 1):
+        label = f"support {number}" if len(episode.support_masks) > 1 else "support"
+        panels[label] = Panel(picture=overlay(image, mask), label=label)
+    query = episode.query_image
+    panels["query"] = Panel(picture=query, label="query")
+    panels["attention"] = Panel(picture=overlay_map(query, episode.attention), label="attention", scale=True)
+    if episode.prior is not None:
+        low, high = np.percentile(episode.prior, (1, 99)).tolist()  # single extremes would hide the rest
+        spread = high - low if high > low else 1.0
+        label = f"prior: {episode.prior_name}"
+        panels["prior"] = Panel(picture=colour_map((episode.prior - low) / spread), label=label, scale=True)
+    label = f"prediction, IoU {episode.iou:.0f}%"
+    panels["prediction"] = Panel(picture=overlay_mask(query, episode.prediction), label=label)
+    panels["truth"] = Panel(picture=overlay_mask(query, episode.target, TRUTH), label="ground truth")
+    return panels
+
+
 def episode_picture(episode: ExplainedEpisode, *, title: str) -> UInt8Array:
     """All panels of an episode as one picture, uint8 (H, W, 3).
 
@@ -124,29 +149,8 @@ def episode_picture(episode: ExplainedEpisode, *, title: str) -> UInt8Array:
         episode: of `explain_episode`.
         title: line above the panels.
     """
-    overlay = overlay_mask if episode.support == "mask" else overlay_annotation
-    supports = [
-        Panel(
-            picture=overlay(image, mask),
-            label=f"support {number}" if len(episode.support_masks) > 1 else "support",
-        )
-        for number, (image, mask) in enumerate(zip(episode.support_images, episode.support_masks, strict=True), 1)
-    ]
-    query = episode.query_image
-    panels = [
-        Panel(picture=query, label="query"),
-        Panel(picture=overlay_map(query, episode.attention), label="attention", scale=True),
-    ]
-    if episode.prior is not None:
-        low, high = np.percentile(episode.prior, (1, 99)).tolist()  # single extremes would hide the rest
-        spread = high - low if high > low else 1.0
-        label = f"prior: {episode.prior_name}"
-        panels.append(Panel(picture=colour_map((episode.prior - low) / spread), label=label, scale=True))
-    panels += [
-        Panel(picture=overlay_mask(query, episode.prediction), label=f"prediction, IoU {episode.iou:.0f}%"),
-        Panel(picture=overlay_mask(query, episode.target, TRUTH), label="ground truth"),
-    ]
-    rows = [[*supports, *panels]] if len(supports) == 1 else [supports, panels]
+    panels, shots = list(episode_panels(episode).values()), len(episode.support_masks)
+    rows = [panels] if shots == 1 else [panels[:shots], panels[shots:]]
     return panel_sheet(rows, title)
 
 

@@ -33,6 +33,7 @@ from fewshot_seg.cross_fitted_fold import class_groups, train_cross_fitted
 from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import Evaluation
 from fewshot_seg.experiment import TrainedFold, train_fold
+from fewshot_seg.findings import Finding
 from fewshot_seg.fold_data import FoldData, open_fold
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.n_way import NWayEvaluation
@@ -43,6 +44,7 @@ from fewshot_seg.similarity import SimilarityNetwork
 
 MODEL_NAME = "model.safetensors"
 RUN_NAME = "run.json"
+EVALUATION_NAME = "evaluation.json"
 
 _BENCHMARKS = {"pascal": ("PASCAL-5i", (1449,)), "coco": ("COCO-20i", (40504, 5000))}
 _MAY_DIFFER = frozenset(
@@ -391,13 +393,38 @@ def score_record(result: IoUResult, class_names: Mapping[int, str]) -> dict[str,
 
 
 def episode_records(evaluation: Evaluation | NWayEvaluation) -> list[dict[str, Any]]:
-    """Every episode's spec, of several ways one after another, and its foreground IoU in percent; JSON-able."""
+    """Every episode's spec, of several ways one after another, its foreground IoU in percent, and its finding if there
+    is one; JSON-able.
+    """
+    findings: Sequence[Finding | None]
     if isinstance(evaluation, NWayEvaluation):
         specs = [spec for episode in evaluation.specs for spec in episode]
-        scores = evaluation.way_iou.ravel()
+        scores, findings = evaluation.way_iou.ravel(), ()
     else:
-        specs, scores = list(evaluation.specs), evaluation.episode_iou
+        specs, scores, findings = list(evaluation.specs), evaluation.episode_iou, evaluation.findings
+    found = [{} if one is None else {"finding": dataclasses.asdict(one)} for one in findings or [None] * len(specs)]
     return [
-        dataclasses.asdict(spec) | {"support_ids": list(spec.support_ids), "iou": float(iou)}
-        for spec, iou in zip(specs, scores, strict=True)
+        dataclasses.asdict(spec) | {"support_ids": list(spec.support_ids), "iou": float(iou)} | finding
+        for spec, iou, finding in zip(specs, scores, found, strict=True)
     ]
+
+
+def write_evaluation(
+    folder: Path,
+    record: Mapping[str, Any],
+    results: Mapping[str, Any],
+    evaluation: Evaluation | NWayEvaluation,
+    class_names: Mapping[int, str],
+) -> None:
+    """``evaluation.json``, with every episode, and ``run.json`` of a run: what a report is made from.
+
+    Args:
+        folder: of the run.
+        record: of `run_record`.
+        results: scores and how they were reached; both files hold them.
+        evaluation: its episodes.
+        class_names: of all classes of the data.
+    """
+    names = {str(class_id): name for class_id, name in class_names.items()}
+    write_json(folder / EVALUATION_NAME, {**results, "class_names": names, "episodes": episode_records(evaluation)})
+    write_json(folder / RUN_NAME, {**record, "results": results})

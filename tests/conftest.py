@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+from fewshot_seg.runtime import write_json
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _VOC_DEFAULT = _DATA / "VOCdevkit" / "VOC2012"
@@ -104,3 +108,88 @@ def tiny_voc(tmp_path: Path) -> Path:
 def shared_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_voc`, once for all tests that leave it as it is."""
     return write_tiny_voc(tmp_path_factory.mktemp("voc") / "VOC2012")
+
+
+def write_run(
+    folder: Path,
+    *,
+    episodes: int = 30,
+    names: tuple[str, ...] = ("cat", "dog", "person"),
+    seed: int = 0,
+    drawn: int = 0,
+    noise: float = 0.0,
+    picture_side: int = 24,
+    **changed: Any,
+) -> Path:
+    """A run of `episodes`, class after class; the first class misses, the second marks the third, the third is good."""
+    random, other = np.random.default_rng(seed), np.random.default_rng(99)
+    stored, sums = [], {name: np.zeros(2) for name in names}
+    for number in range(episodes):
+        kind = number % len(names)
+        target = int(random.integers(400, 6000))
+        both = round(target * (0.2, 0.9, 0.95)[min(kind, 2)] * (1 - noise * other.uniform()))
+        wrong = (10, target, 30)[min(kind, 2)]
+        iou = 100 * both / (target + wrong)
+        sums[names[kind]] += (both, target + wrong)
+        stored.append(
+            {
+                "class_id": kind + 1,
+                "support_ids": [f"s{number}"],
+                "query_id": f"q{number}",
+                "seed": number,
+                "iou": iou,
+                "finding": {
+                    "scored": 10_000,
+                    "target": target,
+                    "found": both + wrong,
+                    "both": both,
+                    "best_iou": min(100.0, iou + (30 if kind == 0 else 1)),
+                    "on_others": {"3": wrong // 2} if kind == 1 else {},
+                },
+            }
+        )
+    per_class = {name: float(100 * both / union) for name, (both, union) in sums.items()}
+    miou = float(np.mean(list(per_class.values())))
+    results = {
+        "benchmark": "zoo/30", "protocol": "hsnet", "scoring": "protocol", "fold": 1, "shots": 1, "ways": 1,
+        "support": "mask", "shot_rule": "pooled", "method": "tiny", "threshold": 0.25,
+        "threshold_origin": "of the model",
+        "episodes_fingerprint": f"episodes-{seed}-{episodes}", "left_out": [], "known_by_name": [], "seconds": 3.0,
+        "miou": [miou, miou - 2, miou + 2], "fb_iou": [70.0, 68.0, 72.0], "per_class": per_class, "repeats": [miou],
+        **changed,
+    }  # fmt: skip
+    class_names = {str(n): name for n, name in enumerate(names, 1)}
+    write_json(folder / "evaluation.json", results | {"class_names": class_names, "episodes": stored})
+    record = {
+        "verb": "evaluate",
+        "configuration": {"seed": None, "threshold": 0.25, "out": str(folder)},
+        "protocol": {"seed": 7, "reports_fb_iou": True},
+        "data": {"name": "zoo/30", "fingerprint": {"training": "aaaa", "evaluation": "bbbb"}},
+        "environment": {"versions": {"fewshot-seg": "0.1.0"}, "commit": "c0ffee", "python": "3.11", "platform": "x"},
+        "results": results,
+    }
+    write_json(folder / "run.json", record)
+    _draw(folder, drawn, results["episodes_fingerprint"], picture_side)
+    return folder
+
+
+def _draw(folder: Path, drawn: int, fingerprint: str, side: int) -> None:
+    labels = ("support", "query", "attention", "prior: soft margin", "mask found", "truth", "errors")
+    random, listed = np.random.default_rng(1), []
+    for number in range(drawn):
+        panels = []
+        for place, label in enumerate(labels):
+            name = f"episode-{number:05d}-{place}.webp"
+            (folder / "gallery").mkdir(exist_ok=True)
+            picture = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
+            Image.fromarray(picture).save(folder / "gallery" / name, quality=80)
+            panels.append({"file": name, "label": label})
+        listed.append({"number": number, "panels": panels})
+    if drawn:
+        write_json(folder / "gallery" / "gallery.json", {"episodes_fingerprint": fingerprint, "episodes": listed})
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Writes a run folder that nobody evaluated: make_run(folder, episodes=30, drawn=0, ...); see `write_run`."""
+    return write_run

@@ -38,6 +38,7 @@ from fewshot_seg.config.verbs import (
     PredictConfig,
     PriorMapName,
     PriorName,
+    ReportConfig,
     TrainConfig,
 )
 from fewshot_seg.config.weights import WeightsListConfig, WeightsVerifyConfig
@@ -63,6 +64,7 @@ __all__ = [
     "PriorMapName",
     "PriorName",
     "ProtocolName",
+    "ReportConfig",
     "Setting",
     "ShotRuleName",
     "ShowConfig",

@@ -82,12 +82,12 @@ class ModelSettings(SpeedSettings):
 class DemoConfig(DeviceSettings):
     """``fewshot-seg demo``."""
 
-    out: Path = setting("folder for pictures and page", Path("runs/demo"))
+    out: Path = setting("folder of report.html and its run", Path("runs/demo"))
     seed: int = setting("seed of pictures, weights and episodes", 0, minimum=0)
     steps: int = setting("training steps", 100, minimum=1)
     batch_size: int = setting("episodes per step", 8, minimum=1)
     episodes: int = setting("episodes of the evaluation on novel classes", 200, minimum=1)
-    pictures: int = setting("episodes to draw", 6, minimum=1)
+    report_episodes: int = setting("episodes whose pictures go into report.html", 18, minimum=0)
     backbone: str = setting(
         "timm or segmentation-models-pytorch encoder; several joined by + run side by side", "tf_efficientnet_lite0"
     )
@@ -200,7 +200,7 @@ class EpisodeSettings(ModelSettings, DataSettings, CacheSettings):
 class EvaluateConfig(EpisodeSettings):
     """``fewshot-seg evaluate``."""
 
-    out: Path = setting("folder of evaluation.json", Path("runs/evaluate"))
+    out: Path = setting("folder of report.html and evaluation.json", Path("runs/evaluate"))
     episodes: Path | None = setting(
         "file of `data episodes`: exactly these episodes, instead of drawing them (then fold, shots, ways are its own)",
         None,
@@ -223,6 +223,11 @@ class EvaluateConfig(EpisodeSettings):
     )
     scoring: Literal["protocol", "original"] = setting("score at the protocol's or the label's own size", "protocol")
     batch_size: int = setting("episodes at a time", 10, minimum=1)
+    report_episodes: int = setting(
+        "episodes whose pictures go into report.html: the best, median and worst, and the worst of every class",
+        24,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +238,16 @@ class EvaluateConfig(EpisodeSettings):
         for name, default in (("count", None), ("seed", None), ("ways", 1), ("shots", 1)):
             if getattr(self, name) != default:
                 raise DataError(f"--episodes FILE brings its own --{name}; leave --{name} out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
+    """``fewshot-seg report``."""
+
+    runs: tuple[Path, ...] = setting(
+        "folders that `evaluate` or `demo` wrote; the first is compared with", positional=True
+    )
+    out: Path = setting("the HTML file", Path("runs/report.html"))
 
 
 @dataclass(frozen=True, kw_only=True)

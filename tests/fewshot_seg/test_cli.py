@@ -29,6 +29,7 @@ from fewshot_seg.config import (
     ExplainConfig,
     PredictConfig,
     PrepareConfig,
+    ReportConfig,
     ShowConfig,
     SimilarityEvaluateConfig,
     SimilarityExplainConfig,
@@ -248,7 +249,7 @@ def test_synthetic_data_needs_no_root(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.usefixtures("_few_pictures")
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    sizes = ["--steps", "2", "--batch-size", "2", "--episodes", "6", "--pictures", "2", "--resolution", "64"]
+    sizes = ["--steps", "2", "--batch-size", "2", "--episodes", "6", "--report-episodes", "4", "--resolution", "64"]
     assert main(["demo", "--out", str(out), *TINY, *sizes]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines[4:7]] == [
@@ -256,11 +257,42 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "soft margin alone",
         "decoder on all prior maps",
     ]
-    assert lines[-1].endswith(str(out / "index.html"))
-    assert len(list((out / "pictures").glob("*.png"))) == 2
-    page = (out / "index.html").read_text()
-    assert "pictures/episode-0001.png" in page
-    assert len(read(out / "run.json")["results"]) == 3
+    assert lines[-1].endswith(str(out / "report.html"))
+    assert len(list((out / "gallery").glob("*.webp"))) == 4 * 7
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") == (4 + 3) * 7  # best, median and worst twice
+    assert "synthetic, 1-shot: 3 runs side by side" in page
+    shown = [path.parent.name for path in out.rglob("run.json")]
+    assert sorted(shown) == ["demo", "gradient-attention-alone", "soft-margin-alone"]
+
+
+@pytest.mark.usefixtures("_few_pictures")
+def test_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str]) -> None:
+    given = ["evaluate", "--data", "synthetic", *TINY, *SIZE, "--count", "6"]
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert main([*given, "--threshold", "0", "--report-episodes", "2", "--out", one]) == 0
+    assert capsys.readouterr().out.endswith(f"report: {one}/report.html\n")
+    assert main([*given, "--threshold", "0.3", "--report-episodes", "0", "--out", other]) == 0
+    assert not (tmp_path / "other" / "gallery").exists()
+    episode = read(tmp_path / "one" / "evaluation.json")["episodes"][0]
+    finding = episode["finding"]
+    union = finding["target"] + finding["found"] - finding["both"]
+    assert episode["iou"] == pytest.approx(100 * finding["both"] / union)
+
+    page = tmp_path / "page.html"
+    capsys.readouterr()
+    assert main(["report", one, other, "--out", str(page)]) == 0
+    assert capsys.readouterr().out == f"report: {page}\n"
+    text = page.read_text()
+    assert "2 runs side by side" in text
+    assert "threshold" in text[text.index("Settings that differ") :]
+    message = error_of("report", one, str(tmp_path))
+    assert message == (
+        f"{tmp_path} is no run of `evaluate` or `demo`: it has no run.json with evaluation.json beside it; give the "
+        "--out of such a run"
+    )
+    assert "no such folder" in error_of("report", str(tmp_path / "nowhere"))
+    assert "RUNS" in error_of("report")
 
 
 class TestVerify:
@@ -497,6 +529,7 @@ class TestPredict:
         ("evaluate", EvaluateConfig),
         ("explain", ExplainConfig),
         ("predict", PredictConfig),
+        ("report", ReportConfig),
         ("data prepare", PrepareConfig),
         ("data verify", VerifyConfig),
         ("data episodes", EpisodesConfig),

@@ -391,7 +391,12 @@ class TestCommandLine:
         assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
         assert json.loads((folder / "run" / "run.json").read_text())["results"]["steps"] == 6
         # files of a rank that was stopped while it wrote would have other names
-        assert {file.name for file in (folder / "scores").iterdir()} == {"evaluation.json", "run.json"}
+        assert {file.name for file in (folder / "scores").iterdir()} == {
+            "evaluation.json",
+            "gallery",
+            "report.html",
+            "run.json",
+        }
 
     def test_a_batch_that_cannot_be_split(self, command_line: Path) -> None:
         errors = [line for line in (command_line / "odd-err-0").read_text().splitlines() if "fewshot-seg: " in line]

@@ -48,7 +48,7 @@ def drawing_json(drawing: Drawing) -> dict[str, Any]:
 
 def problems(lines: Sequence[str]) -> str:
     """What was refused, one box for each."""
-    return "".join(f'<div class="problem" role="alert">{escape(line)}</div>' for line in lines)
+    return "".join(f'<div class="said problem" role="alert">{escape(line)}</div>' for line in lines)
 
 
 def query_list(names: Sequence[str]) -> str:
@@ -56,7 +56,7 @@ def query_list(names: Sequence[str]) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"<div><strong>{len(names)} photo{'s' * (len(names) > 1)} to search:</strong> {escape(shown)}</div>"
+    return f'<div class="said"><strong>{len(names)} photo{"s" * (len(names) > 1)} to search:</strong> {escape(shown)}</div>'
 
 
 def results(views: Sequence[View], name: str) -> str:

@@ -32,7 +32,19 @@ _NO_CACHE_AGE = 300
 def theme() -> gr.themes.Base:
     """Fonts of the system: others would have to be fetched."""
     plain = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
-    return gr.themes.Default(primary_hue="blue", font=plain, font_mono=["ui-monospace", "monospace"])
+    made = gr.themes.Default(primary_hue="blue", font=plain, font_mono=["ui-monospace", "monospace"])
+    return made.set(  # readable by everybody: at least 4.5 to 1
+        button_primary_background_fill="#0b5cad",
+        button_primary_background_fill_hover="#084a8c",
+        button_primary_background_fill_dark="#1d6fc4",
+        button_primary_background_fill_hover_dark="#0b5cad",
+        body_text_color_subdued="#4b5563",
+        body_text_color_subdued_dark="#c0c6d0",
+        block_label_text_color="#374151",
+        block_label_text_color_dark="#d1d5db",
+        block_title_text_color="#374151",
+        block_title_text_color_dark="#d1d5db",
+    )
 
 
 def text_of(name: str) -> str:
@@ -191,6 +203,9 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
             f"that runs this page. Model: {model}.",
             elem_id="title",
         )
+        with gr.Row(elem_id="beginning"):
+            trial = gr.Button("Try an example", elem_id="try", min_width=120, size="md", scale=0)
+            again = gr.Button("Start again", elem_id="again", min_width=120, size="md", scale=0)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300, scale=5):
                 gr.Markdown("## 1. Show the object", elem_classes="step")
@@ -198,7 +213,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
                     label=f"Example photos, 1 to {limits.supports}, up to {megabytes} each",
                     file_count="multiple",
                     file_types=suffixes,
-                    height=110,
+                    height=120,
                     elem_id="examples",
                 )
                 example_notes = gr.HTML("", elem_classes="note", elem_id="example-notes")
@@ -211,22 +226,19 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
                     elem_id="marking",
                 )
                 name = gr.Textbox(label="Name of the object", placeholder="object", max_length=60, elem_id="name")
-                with gr.Row():
-                    trial = gr.Button("Try an example", elem_id="try")
-                    again = gr.Button("Start again", elem_id="again")
             with gr.Column(min_width=300, scale=7):
                 gr.Markdown("## 2. Find it in other photos", elem_classes="step")
                 queries = gr.File(
                     label=f"Photos to search, up to {limits.queries}",
                     file_count="multiple",
                     file_types=suffixes,
-                    height=110,
+                    height=120,
                     elem_id="queries",
                 )
                 query_notes = gr.HTML("", elem_classes="note", elem_id="query-notes")
                 with gr.Row():
-                    find = gr.Button("Find", variant="primary", elem_id="find")
-                    clear = gr.Button("Remove these photos", elem_id="clear")
+                    find = gr.Button("Find", variant="primary", elem_id="find", min_width=120)
+                    clear = gr.Button("Remove photos", elem_id="clear", min_width=120)
                 find_notes = gr.HTML("", elem_classes="note", elem_id="find-notes")
                 cut = gr.Slider(
                     minimum=round(threshold - reach, 2),
@@ -243,7 +255,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
                 made = gr.File(
                     label="Masks, COCO JSON, support set", visible=False, interactive=False, elem_id="downloads"
                 )
-                made_notes = gr.Markdown("", elem_classes="note", elem_id="download-notes")
+                made_notes = gr.Markdown("", elem_id="download-notes")
 
         later = [cut, number, make, made]
         light: dict[str, Any] = _PRIVATE | {"concurrency_limit": 4, "concurrency_id": "light"}

@@ -34,10 +34,13 @@ def app(config: AppConfig) -> int:
             file=sys.stderr,
         )
     reach = _BARE_REACH if method.model is None else _REACH
-    with _terminated_as_interrupted(), contextlib.suppress(KeyboardInterrupt):
-        with serve(engine, host=config.host, port=config.port, reach=reach) as served:
-            print(f"open {served.address} in a browser; Ctrl-C stops it", flush=True)
-            threading.Event().wait()
+    with (
+        _terminated_as_interrupted(),
+        contextlib.suppress(KeyboardInterrupt),
+        serve(engine, host=config.host, port=config.port, reach=reach) as served,
+    ):
+        print(f"open {served.address} in a browser; Ctrl-C stops it", flush=True)
+        threading.Event().wait()
     print("stopped; nothing is left of it on disk")
     return 0
 

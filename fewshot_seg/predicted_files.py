@@ -177,9 +177,7 @@ def _segment(predictor: Predictor, opened: list[_Opened | str]) -> list[Segmente
     margins = predictor.coarse_margins(torch.cat([one.squares for one in photos]))
     whole = iter(margins.reshape(len(photos), -1, *margins.shape[1:]))
     return [
-        one
-        if isinstance(one, str)
-        else Segmented(photo=one.photo, coarse=predictor.with_tiles(one.photo, next(whole)))
+        one if isinstance(one, str) else Segmented(photo=one.photo, coarse=predictor.with_tiles(one.photo, next(whole)))
         for one in opened
     ]
 

@@ -150,4 +150,4 @@ def _painted(shapes: Sequence[Shape], shape: tuple[int, int]) -> UInt8Array:
 
 
 def _pixels(points: Sequence[tuple[float, float]]) -> npt.NDArray[np.int32]:
-    return np.round(np.array(points, np.float64) * 2**_BITS).astype(np.int32)[:, None]
+    return np.asarray(np.round(np.array(points, np.float64) * 2**_BITS)[:, None], np.int32)

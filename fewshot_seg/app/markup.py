@@ -56,7 +56,8 @@ def query_list(names: Sequence[str]) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f'<div class="said"><strong>{len(names)} photo{"s" * (len(names) > 1)} to search:</strong> {escape(shown)}</div>'
+    count = f"{len(names)} photo{'s' * (len(names) > 1)} to search:"
+    return f'<div class="said"><strong>{count}</strong> {escape(shown)}</div>'
 
 
 def results(views: Sequence[View], name: str) -> str:

@@ -25,7 +25,7 @@ RESULTS_A_PAGE = 6
 """Queries that are shown, and cut anew when the threshold moves, at a time."""
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_NO_CACHE_AGE = 300
+_SWEEP = 300
 """Seconds between two looks for files to delete."""
 
 
@@ -106,11 +106,16 @@ class _Page:
         session.add_example("example.png", example.support, example.drawing)
         for name, picture in example.queries.items():
             write_picture(session.folder / "example" / name, picture)
-        session.add_queries(session.folder / "example" / name for name in example.queries)
-        return _photos(session), example.name, "", _queries(session, ())
+        refused = session.add_queries(session.folder / "example" / name for name in example.queries)
+        return _photos(session), example.name, "", _queries(session, refused)
 
     def find(
-        self, drawn: Any, name: str, threshold: float, request: gr.Request, progress: gr.Progress = gr.Progress()  # noqa: B008 - gradio looks for it here
+        self,
+        drawn: Any,
+        name: str,
+        threshold: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - gradio looks for it here
     ) -> tuple[Any, ...]:
         session = self._session(request)
         try:
@@ -179,7 +184,7 @@ def _queries(session: Session, refused: Sequence[str]) -> str:
 
 
 def _hidden() -> tuple[Any, ...]:
-    return tuple(gr.update(visible=False) for _ in range(3)) + (gr.update(visible=False, value=None),)
+    return (*(gr.update(visible=False) for _ in range(3)), gr.update(visible=False, value=None))
 
 
 def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: float, model: str) -> gr.Blocks:
@@ -195,9 +200,10 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
     page = _Page(sessions, threshold)
     suffixes = sorted(PHOTO_SUFFIXES)
     megabytes = f"{limits.file_bytes / 1e6:g} MB"
-    with gr.Blocks(
-        title="fewshot-seg", analytics_enabled=False, delete_cache=(_NO_CACHE_AGE, int(limits.idle_seconds))
-    ) as blocks:
+    blocks: gr.Blocks = gr.Blocks(
+        title="fewshot-seg", analytics_enabled=False, delete_cache=(_SWEEP, int(limits.idle_seconds))
+    )
+    with blocks:
         gr.Markdown(
             "# fewshot-seg\nShow an object in one to five photos, and find it in others. Photos stay on the machine "
             f"that runs this page. Model: {model}.",
@@ -265,7 +271,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
             "concurrency_limit": 1,
             "concurrency_id": "network",
         }
-        searching = {
+        searching: dict[str, Any] = {
             "fn": page.find,
             "inputs": [marking, name, cut],
             "outputs": [shown, find_notes, cut, number, make, made],
@@ -277,14 +283,10 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
         trial.click(page.try_example, None, [marking, name, example_notes, query_notes], **light).then(
             **searching, **heavy
         )
-        again.click(
-            page.start_again, None, [marking, name, example_notes, query_notes, shown, *later], **light
-        )
+        again.click(page.start_again, None, [marking, name, example_notes, query_notes, shown, *later], **light)
         clear.click(page.clear_queries, None, [query_notes, shown, *later], **light)
-        gr.on(
-            [cut.input, number.input], page.cut, [cut, number], shown, trigger_mode="always_last", **light
-        )
+        gr.on([cut.input, number.input], page.cut, [cut, number], shown, trigger_mode="always_last", **light)
         make.click(page.make_files, cut, [made, made_notes], **light)
         blocks.unload(page.leave)
-    return blocks.queue(max_size=limits.waiting, default_concurrency_limit=4)
-
+    blocks.queue(max_size=limits.waiting, default_concurrency_limit=4)
+    return blocks

@@ -32,7 +32,7 @@ class Served:
 def check_package() -> None:
     """Raises DataError where gradio is not installed."""
     try:
-        import gradio  # noqa: F401, PLC0415
+        import gradio  # noqa: F401
     except ImportError as error:
         raise DataError(f"the page needs gradio: {INSTALL}") from error
 
@@ -84,7 +84,7 @@ def serve(
             lambda: Session(engine, bounds, work), capacity=bounds.sessions, idle_seconds=bounds.idle_seconds
         )
         with _gradios_environment(uploads):
-            from fewshot_seg.app.page import build_page  # noqa: PLC0415 - reads the environment, and needs gradio
+            from fewshot_seg.app.page import build_page
 
             page = build_page(sessions, bounds, threshold=first, reach=reach, model=engine.name)
             try:
@@ -96,7 +96,7 @@ def serve(
 
 
 def _listen(page: Any, host: str, port: int | None, limits: Limits, folder: Path) -> str:
-    from fewshot_seg.app.page import text_of, theme  # noqa: PLC0415
+    from fewshot_seg.app.page import text_of, theme
 
     try:
         _, address, _ = page.launch(
@@ -128,10 +128,10 @@ def _listen(page: Any, host: str, port: int | None, limits: Limits, folder: Path
 
 
 def _middleware(host: str, limits: Limits, folder: Path) -> list[Any]:
-    from starlette.middleware import Middleware  # noqa: PLC0415
-    from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: PLC0415
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from fewshot_seg.app.guard import Guard  # noqa: PLC0415
+    from fewshot_seg.app.guard import Guard
 
     guard = Middleware(
         Guard,
@@ -148,7 +148,7 @@ def _middleware(host: str, limits: Limits, folder: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def _gradios_environment(uploads: Path) -> Iterator[None]:
-    """No variable ``GRADIO_...`` of the user's shares the page, opens folders or sends statistics; uploads stay here."""
+    """The user's variables ``GRADIO_...`` are not heeded: no shared page, no open folder. Uploads go to `uploads`."""
     before = dict(os.environ)
     for name in [one for one in before if one.startswith("GRADIO_")]:
         del os.environ[name]

@@ -38,7 +38,7 @@ def synthetic_example() -> SyntheticExample:
         name=source.class_names[class_id],
         support=source.image(images[0]),
         drawing=outlined(source.mask(images[0], class_id)),
-        queries={f"picture-{number}.png": source.image(one) for number, one in enumerate(images[1 : _QUERIES + 1], 1)},
+        queries={f"picture-{number}.jpg": source.image(one) for number, one in enumerate(images[1 : _QUERIES + 1], 1)},
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from episodes.types import DataError
 from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.serving import Served, serve
 from fewshot_seg.app.session import Engine
@@ -154,20 +155,27 @@ def test_broken_and_excess_files_get_a_message(opened: Page, tmp_path: Path) -> 
     page.locator("#marking canvas").wait_for()
 
 
-@pytest.mark.parametrize(
-    ("kind", "places"),
-    [("Box", [(0.2, 0.2), (0.8, 0.8)]), ("Point", [(0.5, 0.5)]), ("Scribble", [(0.4, 0.4), (0.6, 0.6)]), ("Only the photo", [])],
-)
-def test_other_marks(opened: Page, tmp_path: Path, kind: str, places: list[tuple[float, float]]) -> None:
-    page = opened
+def test_other_marks(opened: Page, tmp_path: Path) -> None:
+    page, seen = opened, set()
     upload(page, "#examples", photo(tmp_path / "shown.png", 0))
     upload(page, "#queries", photo(tmp_path / "b.png", 1))
     page.get_by_text("1 photo to search").wait_for()
-    page.get_by_role("button", name=kind, exact=True).click()
-    if places:
-        drag(page, *places)
-    page.click("#find")
-    page.locator(".result img").nth(1).wait_for()
+    for number, (kind, places) in enumerate(
+        {
+            "Box": [(0.2, 0.2), (0.8, 0.8)],
+            "Point": [(0.5, 0.5)],
+            "Scribble": [(0.4, 0.4), (0.6, 0.6)],
+            "Only the photo": [],
+        }.items()
+    ):
+        page.get_by_role("button", name=kind, exact=True).click()
+        if places:
+            drag(page, *places)
+        page.fill("#name input, #name textarea", f"search {number}")
+        page.click("#find")
+        page.locator(f".result img[alt*='search {number}']").wait_for()
+        seen.add(page.locator(".result img").nth(1).get_attribute("src"))
+    assert len(seen) == 4  # attention follows what was shown
 
 
 def test_example_at_phone_width(opened: Page) -> None:
@@ -202,6 +210,13 @@ def test_a_closed_page_is_freed(served: Served, opened: Page) -> None:
             break
         page.wait_for_timeout(100)
     assert len(served.sessions) <= before
+
+
+def test_a_port_that_is_taken_gets_one_line(served: Served) -> None:
+    segmenter = training_free(build_backbone("mobilenetv3_small_050", weights="random")).eval()
+    engine, port = Engine(segmenter=segmenter, resolution=64, fit="squash", name="tiny"), urlsplit(served.address).port
+    with pytest.raises(DataError, match="cannot listen at"), serve(engine, port=port):
+        pass
 
 
 class TestGuard:

@@ -53,7 +53,9 @@ def engine(tiny_backbone: Backbone) -> Engine:
 def session(engine: Engine, tmp_path: Path) -> Session:
     ready = Session(engine, Limits(supports=2, queries=3, file_bytes=60_000, pixels=20_000), tmp_path)
     assert ready.add_examples([save(tmp_path / "in" / "a.png", picture(0))]) == []
-    assert ready.add_queries([save(tmp_path / "in" / f"{name}.png", picture(3 + k)) for k, name in enumerate("bc")]) == []
+    assert (
+        ready.add_queries([save(tmp_path / "in" / f"{name}.png", picture(3 + k)) for k, name in enumerate("bc")]) == []
+    )
     return ready
 
 
@@ -133,7 +135,9 @@ class TestUploads:
         refused = session.add_queries([broken, empty, large, heavy, tmp_path / "in" / "gone.png"])
         expected = ["cannot be decoded", "cannot be decoded", "200x200 pixels", "0 MB, and files of at most", "no such"]
         assert len(refused) == len(expected)
-        for line, name, part in zip(refused, ["broken.jpg", "empty.png", "large.png", "heavy.bmp"], expected, strict=False):
+        for line, name, part in zip(
+            refused, ["broken.jpg", "empty.png", "large.png", "heavy.bmp"], expected, strict=False
+        ):
             assert line.startswith(f"{name}: ")
             assert part in line
             assert str(tmp_path) not in line

@@ -1,6 +1,6 @@
 """Draws docs/pictures/app.png: the page of ``fewshot-seg app`` with its own example, in a headless Chromium.
 
-    python scripts/draw_app.py [--out docs/pictures/app.png] [--width 1280]
+    python scripts/draw_app.py [--out docs/pictures/app.png] [--width 1100]
 
 Needs the extra ``app``, playwright, and Chromium (Debian: apt-get install chromium).
 """
@@ -12,15 +12,14 @@ import io
 import shutil
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from fewshot_seg.app.serving import serve
 from fewshot_seg.app.session import Engine
 from fewshot_seg.config import ModelSettings
-from fewshot_seg.pictures import write_picture
 from fewshot_seg.predictors import USUAL_SIZE, method_for_photos
+from fewshot_seg.runtime import atomic_path
 
 
 def screenshot(address: str, width: int, height: int) -> Image.Image:
@@ -50,8 +49,8 @@ def main() -> None:
     )
     with serve(engine) as served:
         picture = screenshot(served.address, given.width, given.height)
-    fewer = picture.quantize(128).convert("RGB")  # a third of the bytes
-    write_picture(given.out, np.asarray(fewer))
+    with atomic_path(given.out) as temporary:
+        picture.quantize(128).save(temporary, optimize=True)  # a third of the bytes
     print(given.out)
 
 

@@ -210,7 +210,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
             elem_id="title",
         )
         with gr.Row(elem_id="beginning"):
-            trial = gr.Button("Try an example", elem_id="try", min_width=120, size="md", scale=0)
+            trial = gr.Button("Try an example", elem_id="try", min_width=170, size="md", scale=0)
             again = gr.Button("Start again", elem_id="again", min_width=120, size="md", scale=0)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300, scale=5):

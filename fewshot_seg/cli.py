@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import commands, data_commands, similarity_commands, weights_commands
+from fewshot_seg import app_commands, commands, data_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
+    AppConfig,
     Config,
     DemoConfig,
     EpisodesConfig,
@@ -59,6 +60,7 @@ _VERBS: dict[str, _Verb] = {
     "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
     "report": (ReportConfig, commands.report, "write report.html of one run, or of several side by side"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
+    "app": (AppConfig, app_commands.app, "a page in the browser: mark an object in examples, see it found in photos"),
     "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
 }
 _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {

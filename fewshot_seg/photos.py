@@ -56,7 +56,9 @@ class Photo:
 
 
 @contextmanager
-def _decoded(path: Path, what: str, *, least: bool = False) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+def _decoded(
+    path: Path, what: str, *, least: bool = False, most_pixels: int | None = None
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
     """The picture, upright, and the (height, width) it has in truth; errors in the block name the file.
 
     With `least`, a JPEG that `_working_shape` makes much smaller anyway comes at half, a quarter or an eighth.
@@ -69,9 +71,10 @@ def _decoded(path: Path, what: str, *, least: bool = False) -> Iterator[tuple[Im
         with picture:
             shape = upright_size(picture)
             pixels = shape[0] * shape[1]
-            if pixels > MOST_PIXELS:
+            most = MOST_PIXELS if most_pixels is None else most_pixels
+            if pixels > most:
                 raise DataError(
-                    f"{path}: {what} has {shape[1]}x{shape[0]} pixels, and at most {MOST_PIXELS // 10**6} megapixels "
+                    f"{path}: {what} has {shape[1]}x{shape[0]} pixels, and at most {most / 10**6:g} megapixels "
                     "are read; make it smaller or cut it into parts"
                 )
             with _alone() if pixels > WORKING_PIXELS else nullcontext():
@@ -110,16 +113,16 @@ def _working_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def open_photo(path: Path) -> Photo:
+def open_photo(path: Path, *, most_pixels: int | None = None) -> Photo:
     """A photo as people see it, reduced where it has more than `WORKING_PIXELS`, or a side of more than 16000.
 
     EXIF orientation is applied, transparency lies on white, of an animation it is the first picture. Grey, palette,
     CMYK, 16-bit and floating-point pictures are converted.
 
     Raises:
-        DataError: missing or undecodable file, or one of more than `MOST_PIXELS`.
+        DataError: missing or undecodable file, or one of more than `most_pixels`, which is `MOST_PIXELS` by default.
     """
-    with _decoded(path, "photo", least=True) as (picture, shape):
+    with _decoded(path, "photo", least=True, most_pixels=most_pixels) as (picture, shape):
         pixels, (height, width) = rgb(picture), _working_shape(shape)
         if pixels.shape[:2] != (height, width):
             pixels = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)

@@ -124,7 +124,7 @@ def predict_folder(
     if not predictor.classes:
         raise DataError("no support to go by; call remember(images, masks) or load_support(path) first")
     named = list(zip(queries, output_names(queries), strict=True))
-    writer = _Writer(predictor, folder, confidence, coco)
+    writer = PhotoWriter(predictor, folder, confidence, coco)
     outcomes = stream(
         named,
         read=lambda one: _read(predictor, one[0]),
@@ -163,33 +163,40 @@ def _read(predictor: Predictor, query: Path) -> _Opened | str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Segmented:
+class Segmented:
+    """A query and its margins."""
+
     photo: Photo
     coarse: CoarseMargins
 
 
-def _segment(predictor: Predictor, opened: list[_Opened | str]) -> list[_Segmented | str]:
+def _segment(predictor: Predictor, opened: list[_Opened | str]) -> list[Segmented | str]:
     photos = [one for one in opened if isinstance(one, _Opened)]
     if not photos:
         return [one for one in opened if isinstance(one, str)]
     margins = predictor.coarse_margins(torch.cat([one.squares for one in photos]))
     whole = iter(margins.reshape(len(photos), -1, *margins.shape[1:]))
     return [
-        one
-        if isinstance(one, str)
-        else _Segmented(photo=one.photo, coarse=predictor.with_tiles(one.photo, next(whole)))
+        one if isinstance(one, str) else Segmented(photo=one.photo, coarse=predictor.with_tiles(one.photo, next(whole)))
         for one in opened
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
+class PhotoWriter:
+    """Writes what was found in one photo after another; arguments as in `predict_folder`."""
+
     predictor: Predictor
     folder: Path
     confidence: bool
     coco: bool
 
-    def write(self, query: Path, name: str, segmented: _Segmented | str) -> WrittenPrediction | str:
+    def write(self, query: Path, name: str, segmented: Segmented | str) -> WrittenPrediction | str:
+        """The files of `query`, called `name`; a line that says why there is none is given back.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
         if isinstance(segmented, str):
             return segmented
         photo, names = segmented.photo, self.predictor.classes

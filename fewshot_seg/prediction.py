@@ -218,16 +218,35 @@ class Predictor:
     @torch.no_grad()
     def _predict(self, photo: Photo) -> PhotoPrediction:
         shape = (photo.pixels.shape[0], photo.pixels.shape[1])
-        maps = self._photo_maps(self.squares(photo.pixels))
-        coarse = self.with_tiles(photo, self._margins(maps))
-        labels, best = compete(self.margins_of(coarse, shape))
-        first = maps.cells[:1]
-        looked = [self._attention(self._segmenter.attention_maps(one, first), shape) for one in self._encodings()]
+        margins, attention = self.coarse_maps(self.squares(photo.pixels))
+        labels, best = compete(self.margins_of(self.with_tiles(photo, margins), shape))
         return PhotoPrediction(
             mask=labels.numpy(),
-            attention=torch.stack(looked).amax(dim=0).cpu().numpy(),
+            attention=self.attention_of(attention, shape),
             confidence=best.sigmoid().numpy(),
         )
+
+    @torch.no_grad()
+    def coarse_maps(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the network says of one photo, before it is brought to the photo's size. From any thread.
+
+        Args:
+            squares: float32 (V, 3, S, S) of `squares`.
+
+        Returns:
+            Margins float (V, N, h, w) for `with_tiles`, and attention float (N, h', w') for `attention_of`, on the CPU.
+
+        Raises:
+            DataError: nothing was remembered.
+        """
+        maps = self._photo_maps(squares)
+        first = maps.cells[:1]
+        looked = [self._segmenter.attention_maps(one, first) for one in self._encodings()]
+        return self._margins(maps), torch.cat(looked).cpu()
+
+    def attention_of(self, maps: Tensor, shape: tuple[int, int]) -> FloatArray:
+        """Attention of `coarse_maps` at a photo's size, float32 (H, W) in [0, 1]: the largest of all classes."""
+        return np.asarray(torch.stack([self._attention(one[None], shape) for one in maps]).amax(dim=0).numpy())
 
     def _attention(self, maps: Tensor, shape: tuple[int, int]) -> Tensor:
         if self._fit == "squash":

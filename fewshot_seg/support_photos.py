@@ -65,7 +65,7 @@ def read_support(text: str) -> Support:
     shapes = [_numbers(text, one, 4 if kind == "box" else 2, photo) for one in value.split("+")]
     if kind == "box":
         return _support(photo, _boxes(text, shapes, photo.shape), "box")
-    return _support(photo, _points(shapes, photo.shape), "point")
+    return _support(photo, point_marks(shapes, photo.shape), "point")
 
 
 def _support(photo: Photo, marks: UInt8Array, kind: SupportKind) -> Support:
@@ -89,7 +89,8 @@ def _boxes(text: str, boxes: Sequence[Sequence[int]], shape: tuple[int, int]) ->
     return marks
 
 
-def _points(points: Sequence[Sequence[int]], shape: tuple[int, int]) -> UInt8Array:
+def point_marks(points: Sequence[Sequence[float]], shape: tuple[int, int]) -> UInt8Array:
+    """1 in a disc around each point (x, y) in pixels, 255 elsewhere: uint8 (H, W)."""
     marks, radius = np.full(shape, IGNORE, np.uint8), point_radius(shape)
     rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
     for x, y in points:

@@ -26,6 +26,7 @@ from fewshot_seg.config.similarity import (
 )
 from fewshot_seg.config.verbs import (
     NO_MODEL,
+    AppConfig,
     AttentionName,
     Augmentation,
     DemoConfig,
@@ -45,6 +46,7 @@ from fewshot_seg.config.weights import WeightsListConfig, WeightsVerifyConfig
 
 __all__ = [
     "NO_MODEL",
+    "AppConfig",
     "AttentionName",
     "Augmentation",
     "CacheSettings",

@@ -1,0 +1,112 @@
+"""What stands between the network and the page: bounds on requests, and a policy that keeps the browser at home."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_Application = Callable[[_Message, _Receive, _Send], Awaitable[None]]
+
+_HEADERS = (
+    # gradio's scripts are inline and made at run time; nothing may come from, or go to, anywhere else
+    (
+        b"content-security-policy",
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+        b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    ),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
+_ROOM_FOR_FORM = 1_000_000
+_UPLOAD = "/gradio_api/upload"
+
+
+class Guard:
+    """ASGI: refuses requests that are too large, and uploads when the disk's share is used up; adds headers.
+
+    Args:
+        application: what is guarded.
+        request_bytes: most of an upload; other requests may have `event_bytes`.
+        event_bytes: most of any other request: drawings are sent with these.
+        folder: of everything that is uploaded.
+        disk_bytes: that it may hold.
+    """
+
+    def __init__(
+        self, app: _Application, *, request_bytes: int, event_bytes: int, folder: Path, disk_bytes: int
+    ) -> None:
+        self._application, self._folder, self._disk = app, folder, disk_bytes
+        self._request_bytes, self._event_bytes = request_bytes + _ROOM_FOR_FORM, event_bytes
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        uploads = scope["path"].endswith(_UPLOAD)
+        most = self._request_bytes if uploads else self._event_bytes
+        if _declared(scope) > most:
+            await _refuse(send, 413, f"at most {most} bytes are taken at a time")
+            return
+        if uploads and scope["method"] == "POST" and held_bytes(self._folder) > self._disk:
+            await _refuse(send, 507, "no room for more uploads now; try again later")
+            return
+        await self._application(scope, _bounded(receive, most), _with_headers(send))
+
+
+def _declared(scope: _Message) -> int:
+    """Content-Length; of one that is no number what no request may have."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 2**63
+    return 0
+
+
+class TooLongError(Exception):
+    """A request goes on for longer than it may: it said nothing, or lied, of its length."""
+
+
+def _bounded(receive: _Receive, most: int) -> _Receive:
+    came = 0
+
+    async def counted() -> _Message:
+        nonlocal came
+        message = await receive()
+        came += len(message.get("body", b""))
+        if came > most:
+            raise TooLongError(f"more than {most} bytes")
+        return message
+
+    return counted
+
+
+def _with_headers(send: _Send) -> _Send:
+    async def added(message: _Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+        await send(message)
+
+    return added
+
+
+async def _refuse(send: _Send, status: int, reason: str) -> None:
+    body = reason.encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def held_bytes(folder: Path) -> int:
+    """Of all files below a folder; those that vanish meanwhile count for nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.lstat().st_size
+        except OSError:
+            continue
+    return total

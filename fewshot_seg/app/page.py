@@ -219,7 +219,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
                     label=f"Example photos, 1 to {limits.supports}, up to {megabytes} each",
                     file_count="multiple",
                     file_types=suffixes,
-                    height=120,
+                    height=150,
                     elem_id="examples",
                 )
                 example_notes = gr.HTML("", elem_classes="note", elem_id="example-notes")
@@ -238,7 +238,7 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
                     label=f"Photos to search, up to {limits.queries}",
                     file_count="multiple",
                     file_types=suffixes,
-                    height=120,
+                    height=150,
                     elem_id="queries",
                 )
                 query_notes = gr.HTML("", elem_classes="note", elem_id="query-notes")

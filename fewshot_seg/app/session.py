@@ -48,7 +48,7 @@ class Engine:
 
     def predictor(self) -> Predictor:
         """One that remembers nothing yet."""
-        return Predictor(self.segmenter, self.resolution, self.fit)
+        return Predictor(self.segmenter, self.resolution, self.fit, mirror_supports=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

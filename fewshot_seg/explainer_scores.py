@@ -19,7 +19,7 @@ from tqdm import tqdm
 from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource, SupportKind
-from fewshot_seg.explainers import EXPLAINERS, Comparison, Explainer, Explanation, run_explainer
+from fewshot_seg.explainers import EXPLAINERS, Comparison, Explanation, run_explainer
 from fewshot_seg.explainers.episode import compare_photos, episode_photos, randomised
 from fewshot_seg.faithfulness import energy_inside, perturbation_order
 from fewshot_seg.metrics import intersection_union
@@ -235,6 +235,3 @@ def _read_done(path: Path, shared: Mapping[str, Any]) -> dict[int, Record]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in (lines or [shared])), encoding="utf-8")
     return {line["number"]: line for line in lines[1:]}
-
-
-__all__ = ["SIDES", "Explainer", "ScoringRule", "Side", "rank_likeness", "score_episode", "score_explainers"]

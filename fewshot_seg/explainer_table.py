@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from fewshot_seg.explainer_scores import SIDES
+from fewshot_seg.explainer_scores import SIDES, Record, Side
 from fewshot_seg.metrics import Float64Array
 from fewshot_seg.report import Table
 
 Bounds = tuple[float, float, float]
 """Value, and the ends of its 95% interval."""
+
+Statistic = Callable[[Float64Array], Float64Array]
+"""Weights of episodes float64 (R, N) -> values float64 (R,)."""
 
 METRICS: Mapping[str, bool] = {
     "deletion, similarity": False,
@@ -26,9 +28,7 @@ METRICS: Mapping[str, bool] = {
 """Of each side, and whether higher is better."""
 
 
-def summarise(
-    records: Sequence[Mapping[str, Any]], *, resamples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, Bounds]]:
+def summarise(records: Sequence[Record], *, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Bounds]]:
     """Explainer -> metric -> value and 95% interval, percentiles of a bootstrap over episodes, the same for all.
 
     Metrics are ``SIDE: METRIC`` with those of `METRICS`, in percent, and ``forward`` and ``backward``, passes:
@@ -47,48 +47,43 @@ def summarise(
     membership = (classes[:, None] == np.unique(classes)).astype(np.float64)
     found: dict[str, dict[str, Bounds]] = {}
     for name in records[0]["explainers"]:
-        entries = [record["explainers"][name] for record in records]
         scores: dict[str, Bounds] = {}
         for side in SIDES:
-            measured = [entry[side] for entry in entries]
-            for mode in ("deletion", "insertion"):
-                ends = [(record[side]["whole"], record[side]["blank"]) for record in records]
-                curves = {
-                    key: np.asarray(
-                        [
-                            _curve(one[mode][key], *(end[key] for end in pair), mode)
-                            for one, pair in zip(measured, ends, strict=True)
-                        ]
-                    )
-                    for key in ("similarity", "intersection", "union")
-                }
-                scores[f"{side}: {mode}, similarity"] = _bounds(_similarity_area(curves["similarity"]), weights)
-                pooled = _miou_area(curves["intersection"], curves["union"], membership)
-                scores[f"{side}: {mode}, mIoU"] = _bounds(pooled, weights)
-            for key, metric in (("pointing", "pointing game"), ("energy", "energy inside")):
-                scores[f"{side}: {metric}"] = _bounds(_mean_of([one[key] for one in measured]), weights)
-            if any("sanity" in one for one in measured):
-                alike = [one.get("sanity", np.nan) for one in measured]
-                scores[f"{side}: sanity"] = _bounds(_mean_of(alike), weights)
+            for metric, statistic in _statistics(records, name, side, membership).items():
+                scores[f"{side}: {metric}"] = _bounds(statistic, weights)
         for key in ("forward", "backward"):
-            passes = float(np.mean([entry[key] for entry in entries]))
+            passes = float(np.mean([record["explainers"][name][key] for record in records]))
             scores[key] = (passes, passes, passes)
         found[name] = scores
     return found
 
 
-Statistic = Callable[[Float64Array], Float64Array]
-"""Weights of episodes float64 (R, N) -> values float64 (R,)."""
+def _statistics(records: Sequence[Record], name: str, side: Side, membership: Float64Array) -> dict[str, Statistic]:
+    """What is measured of one explainer and side, by metric."""
+    measured = [record["explainers"][name][side] for record in records]
+    found: dict[str, Statistic] = {}
+    for mode in ("deletion", "insertion"):
+        curves = {key: _curves(records, measured, side, mode, key) for key in ("similarity", "intersection", "union")}
+        found[f"{mode}, similarity"] = _similarity_area(curves["similarity"])
+        found[f"{mode}, mIoU"] = _miou_area(curves["intersection"], curves["union"], membership)
+    found["pointing game"] = _mean_of([one["pointing"] for one in measured])
+    found["energy inside"] = _mean_of([one["energy"] for one in measured])
+    if any("sanity" in one for one in measured):
+        found["sanity"] = _mean_of([one.get("sanity", np.nan) for one in measured])
+    return {metric: found[metric] for metric in METRICS if metric in found}
+
+
+def _curves(records: Sequence[Record], measured: Sequence[Record], side: Side, mode: str, key: str) -> Float64Array:
+    """float64 (N, steps + 1): the inner points between their ends."""
+    first, last = ("whole", "blank") if mode == "deletion" else ("blank", "whole")
+    rows = zip(records, measured, strict=True)
+    return np.asarray([[record[side][first][key], *one[mode][key], record[side][last][key]] for record, one in rows])
 
 
 def _bounds(statistic: Statistic, weights: Float64Array) -> Bounds:
     values = 100 * statistic(weights)
     low, high = np.nanpercentile(values[1:], (2.5, 97.5))
     return float(values[0]), float(low), float(high)
-
-
-def _curve(inner: Sequence[float], whole: float, blank: float, mode: str) -> list[float]:
-    return [whole, *inner, blank] if mode == "deletion" else [blank, *inner, whole]
 
 
 def _area(curves: Float64Array) -> Float64Array:
@@ -100,7 +95,7 @@ def _similarity_area(curves: Float64Array) -> Statistic:
     gains = _area(curves) - (curves[:, 0] + curves[:, -1]) / 2
 
     def of(weights: Float64Array) -> Float64Array:
-        return (weights @ gains) / weights.sum(axis=1)
+        return np.asarray((weights @ gains) / weights.sum(axis=1))
 
     return of
 
@@ -129,7 +124,7 @@ def _mean_of(values: Sequence[float]) -> Statistic:
 
 def score_tables(scores: Mapping[str, Mapping[str, Bounds]]) -> dict[str, Table]:
     """One table a side, one row an explainer; the best of a column carries a star."""
-    tables = {}
+    tables: dict[str, Table] = {}
     for side in SIDES:
         metrics = [metric for metric in METRICS if any(f"{side}: {metric}" in row for row in scores.values())]
         header = [

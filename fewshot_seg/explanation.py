@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from episodes.types import EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.attention import scale_map
 from fewshot_seg.decoder import PriorReadout
 from fewshot_seg.episode_logits import segment_photo, to_original
-from fewshot_seg.explainers import Comparison, background_evidence, gradient_attention, prior
+from fewshot_seg.explainers import Comparison, background_evidence, prior, soft_attention
 from fewshot_seg.explainers.episode import ShownPhotos, compare_photos, episode_photos
 from fewshot_seg.metrics import intersection_union
 from fewshot_seg.pictures import (
@@ -47,7 +48,8 @@ class ExplainedPhotos:
         query_image: uint8 (H, W, 3).
         attention: float32 (H, W) in [0, 1], gradient attention of the similarity.
         background: float32 (H, W) in [0, 1], dissimilar evidence: where the query looks like the supports' background.
-        support_attention: float32 (H_k, W_k) in [0, 1] each, which of the support's pixels made it so.
+        support_attention: float32 (H_k, W_k) in [0, 1] each, which of the support's pixels made it so
+            (`explainers.soft_attention`).
         support_background: float32 (H_k, W_k) in [0, 1] each, which pixels of its background spoke against.
         prior: float32 (H, W), the map that the decoder starts from; None for a model without prior.
         prior_name: its name.
@@ -101,7 +103,7 @@ def explain_photos(comparison: Comparison, photos: ShownPhotos, *, fit: Fit = "s
     if shown_prior is not None and fit == "pad":  # cells are too coarse to tell where the photo ends
         shown_prior = F.interpolate(shown_prior[:, None], side, mode="bilinear", align_corners=False)[:, 0]
     places = range(1, comparison.shots + 1)
-    attended = [gradient_attention(comparison, place) for place in places]
+    attended = [soft_attention(comparison, place) for place in places]
     against = [background_evidence(comparison, place) for place in (0, *places)]
     shapes = [(image.shape[0], image.shape[1]) for image in photos.supports]
     return ExplainedPhotos(
@@ -188,10 +190,9 @@ def episode_picture(episode: ExplainedPhotos, *, title: str, scale: float = 1) -
         spread = high - low if high > low else 1.0
         label = f"prior: {episode.prior_name}"
         row.append(Panel(picture=colour_map((episode.prior - low) / spread), label=label, scale=True))
-    known = isinstance(episode, ExplainedEpisode)
-    found = f"prediction, IoU {episode.iou:.0f}%" if known else "prediction"
+    found = f"prediction, IoU {episode.iou:.0f}%" if isinstance(episode, ExplainedEpisode) else "prediction"
     row.append(Panel(picture=overlay_mask(query, episode.prediction), label=found))
-    if known:
+    if isinstance(episode, ExplainedEpisode):
         row.append(Panel(picture=overlay_mask(query, episode.target, TRUTH), label="ground truth"))
     return panel_sheet([row, *_support_rows(episode)], title, scale=scale)
 
@@ -219,18 +220,18 @@ def write_maps(path: Path, explained: ExplainedPhotos) -> None:
     ``query_attention`` (h, w)    gradient attention of the similarity, with its sign
     ``query_background`` (h, w)   gradient attention of the likeness to the supports' background
     ``query_prior`` (h, w)        soft margin, log-ratio of densities; above 0 is nearer the object
-    ``support_attention``         (K, h, w), which cells of each support made the query similar
+    ``support_attention``         (K, h, w), which cells of each support made the query similar (above 0)
     ``support_background``        (K, h, w), which cells of its background the query resembles
     ``support_prior``             (K, h, w), soft margin of its cells to what was found in the query
     ``mask`` (H, W)               uint8 at the query's own size, 1 = found
     ``target`` (H, W)             uint8, 255 = ignored; only of episodes
     ============================  =========================================================================
     """
-    labels = {"mask": explained.prediction}
+    arrays: dict[str, Any] = {**explained.raw, "mask": explained.prediction}
     if isinstance(explained, ExplainedEpisode):
-        labels["target"] = explained.target
+        arrays["target"] = explained.target
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **explained.raw, **labels)
+        np.savez_compressed(file, **arrays)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from fewshot_seg.attention import attention_weights, similarity_attention
 from fewshot_seg.explainers.comparison import Comparison
-from fewshot_seg.priors import blockwise_soft_margin, log_density_ratio
+from fewshot_seg.priors import blockwise_soft_margin, log_density_ratio, soft_margin_attention
 
 
 def gradient_attention(comparison: Comparison, place: int) -> Tensor:
     """Gradient times activation of the margin at every cell (arXiv 2008.06035, in closed form), with its sign.
 
     Of the query, the gradient is the same at every cell, and M = sum_k alpha_k A_k, without the ReLU that pictures
-    apply. Of a support, it is not: object and background are pooled apart, and every cell is weighted by its own gradient (`attention.weigh_maps`).
+    apply. Of a support, it is not: object and background are pooled apart, and every cell is weighted by its own
+    gradient (`attention.weigh_maps`). An embedding of unit length does not change along itself, so that within the
+    object such a map sums to zero: it tells its cells apart, but not the object from its background. See `soft_attention`.
     """
     comparison.passes.backward += 1
     if place == 0:
@@ -26,13 +28,13 @@ def gradient_attention(comparison: Comparison, place: int) -> Tensor:
 def background_evidence(comparison: Comparison, place: int) -> Tensor:
     """Dissimilar evidence: the cells of a photo that make it alike to the supports' *background*.
 
-    Gradient attention of f_q . f_bg, which the margin loses by (`attention.image_directions`). On a support these are
-    cells of its background that the query resembles.
+    Of the query: gradient attention of f_q . f_bg, which the margin loses by (`attention.image_directions`). Of a
+    support: `soft_attention` with the sign turned, cells of its background that resemble what was found.
     """
-    comparison.passes.backward += 1
     if place == 0:
+        comparison.passes.backward += 1
         return similarity_attention(comparison.cells[:1], comparison.support.background_embedding, rectify=False)[0]
-    return support_gradients(comparison, place)[1]
+    return -soft_attention(comparison, place)
 
 
 def support_gradients(comparison: Comparison, place: int) -> tuple[Tensor, Tensor]:
@@ -81,22 +83,24 @@ def cells_of(comparison: Comparison, place: int) -> Tensor:
 
 
 def soft_attention(comparison: Comparison, place: int) -> Tensor:
-    """Gradient times activation of the soft margin at the cells where the query was found alike.
+    """Gradient times activation of the soft margin, which does not go through global pooling, with its sign.
 
-    S = sum_x p(x) m(x) with m the soft margin, t times its log-ratio, and p = sigmoid of the log-ratio, detached and
-    summing to 1. Element-wise gradient attention as above, but the score does not go through global pooling, so that
-    the gradient differs from cell to cell: object and background compete at every cell of both photos.
+    Object and background compete at every cell, and the gradient differs from cell to cell. Of the query, each cell's
+    own margin is explained (`priors.soft_margin_attention`). Of a support, the mean margin of the query's cells,
+    weighted by how likely they are found: S = sum_x p(x) t m(x) with m the log-ratio of the soft margin, t its
+    temperature, and p the sigmoid of m, detached and scaled to sum to 1. Cells of the object count for, cells of the background against.
     """
     comparison.passes.backward += 1
     temperature, support = comparison.segmenter.temperature, comparison.support
-    chosen = _soft_margin(comparison).sigmoid()
-    cosine = cells_of(comparison, 0) @ support.cells[0].T
-    kernel = ((cosine - 1) / temperature).exp()
-    pairs = torch.zeros_like(cosine)
-    for side, sign in ((support.foreground[0], 1.0), (support.background[0], -1.0)):
-        weights = kernel * side
-        pairs += sign * weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30) * cosine
-    pairs *= (chosen / chosen.sum().clamp_min(1e-12))[:, None]
+    query = cells_of(comparison, 0)
     if place == 0:
-        return pairs.sum(dim=1).reshape(comparison.grid)
-    return pairs.sum(dim=0).reshape(comparison.shots, *comparison.grid)[place - 1]
+        sides = support.foreground, support.background
+        found = soft_margin_attention(query[None], support.cells, *sides, temperature=temperature)
+        return found[0].reshape(comparison.grid)
+    cosine, pairs = query @ support.cells[0].T, torch.zeros(len(query), support.cells.shape[1], device=query.device)
+    for side, sign in ((support.foreground[0], 1.0), (support.background[0], -1.0)):
+        weights = ((cosine - 1) / temperature).exp() * side
+        pairs += sign * weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30) * cosine
+    likely = _soft_margin(comparison).sigmoid()
+    of_supports = (likely / likely.sum().clamp_min(1e-12)) @ pairs
+    return of_supports.reshape(comparison.shots, *comparison.grid)[place - 1]

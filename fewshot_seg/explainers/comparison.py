@@ -115,7 +115,8 @@ class Comparison:
 
     @torch.no_grad()
     def _encode(self, photos: Tensor) -> tuple[Tensor, ...]:
-        return self.segmenter.backbone(photos)
+        levels: tuple[Tensor, ...] = self.segmenter.backbone(photos)
+        return levels
 
     @cached_property
     def baselines(self) -> Tensor:
@@ -131,7 +132,8 @@ class Comparison:
     def cells(self) -> Tensor:
         """Unit-length float (K + 1, D, h, w), embedded by the similarity network."""
         with torch.no_grad():
-            return self.segmenter.similarity(self.levels)
+            cells: Tensor = self.segmenter.similarity(self.levels)
+        return cells
 
     @cached_property
     def support(self) -> SupportEncoding:
@@ -205,14 +207,14 @@ class Comparison:
     def changed(self, place: int, photos: Tensor) -> Tensor:
         """s, float (N,), where photo `place` is one of N others, float32 (N, 3, H, W)."""
         self.passes.forward += len(photos)
-        parts = [self.margins(place, self.segmenter.similarity(self._encode(part))) for part in photos.split(_BATCH)]
-        return torch.cat(parts)
+        parts = torch.split(photos, _BATCH)
+        return torch.cat([self.margins(place, self.segmenter.similarity(self._encode(part))) for part in parts])
 
     @torch.no_grad()
     def outcomes(self, place: int, photos: Tensor) -> tuple[Tensor, Tensor]:
         """As `changed`, and what the model then takes for the object: bool (N, H, W)."""
         scores, masks = [], []
-        for part in photos.split(_BATCH):
+        for part in torch.split(photos, _BATCH):
             levels = self._encode(part)
             scores.append(self.margins(place, self.segmenter.similarity(levels)))
             masks.append(self._masks(place, levels))

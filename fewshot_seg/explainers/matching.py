@@ -21,13 +21,13 @@ def pairwise_decomposition(comparison: Comparison, place: int) -> Tensor:
     cells = comparison.cells
     if place == 0:
         length = cells[0].sum(dim=(1, 2)).norm().clamp_min(1e-12)
-        return torch.einsum("d,dhw->hw", comparison.direction, cells[0]) / length
+        return torch.einsum("d,dhw->hw", comparison.direction / length, cells[0])
     likeness = torch.einsum("d,dhw->hw", comparison.embedding, cells[place])
-    parts = [
-        likeness * side[place - 1] / torch.einsum("kdhw,khw->d", cells[1:], side).norm().clamp_min(1e-12)
+    of_object, of_other = (
+        side[place - 1] / torch.einsum("kdhw,khw->d", cells[1:], side).norm().clamp_min(1e-12)
         for side in comparison.sides
-    ]
-    return parts[0] - parts[1]
+    )
+    return likeness * (of_object - of_other)
 
 
 def support_affinity(comparison: Comparison, place: int) -> Tensor:

@@ -136,14 +136,17 @@ class TestAttention:
     @pytest.mark.parametrize("place", [0, 1, 2])
     def test_equals_automatic_differentiation(self, comparison: Comparison, place: int) -> None:
         cells = comparison.cells.clone().requires_grad_()
-        for explainer, sides, rectify in (
-            (EXPLAINERS["attention"], (1.0, -1.0), False),
-            (background_evidence, (0.0, 1.0), False),
-        ):
-            (gradient,) = torch.autograd.grad(autograd_margin(comparison, cells, sides), cells)
-            own = slice(place, place + 1)
-            expected = weigh_maps(comparison.cells[own], gradient[own], elementwise=True, rectify=rectify)[0]
-            assert torch.allclose(explainer(comparison, place), expected, atol=1e-6)
+        (gradient,) = torch.autograd.grad(autograd_margin(comparison, cells), cells)
+        own = slice(place, place + 1)
+        expected = weigh_maps(comparison.cells[own], gradient[own], elementwise=True, rectify=False)[0]
+        assert torch.allclose(EXPLAINERS["attention"](comparison, place), expected, atol=1e-6)
+
+    def test_background_evidence_of_the_query(self, comparison: Comparison) -> None:
+        cells = comparison.cells.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(autograd_margin(comparison, cells, (0.0, 1.0)), cells)
+        expected = weigh_maps(comparison.cells[:1], gradient[:1], rectify=False)[0]
+        assert torch.allclose(background_evidence(comparison, 0), expected, atol=1e-6)
+        assert torch.equal(background_evidence(comparison, 1), -soft_attention(comparison, 1))
 
     @pytest.mark.parametrize("place", [0, 1, 2])
     def test_soft_attention_equals_automatic_differentiation(self, comparison: Comparison, place: int) -> None:
@@ -153,8 +156,9 @@ class TestAttention:
         cosine = query @ supports.T / temperature
         densities = [(cosine + side.flatten().log()).logsumexp(dim=1) - side.sum().log() for side in comparison.sides]
         margin = densities[0] - densities[1]
-        chosen = margin.detach().sigmoid()
-        (gradient,) = torch.autograd.grad(temperature * (margin * chosen).sum() / chosen.sum(), cells)
+        weights = torch.ones_like(margin) if place == 0 else margin.detach().sigmoid()
+        weights = weights if place == 0 else weights / weights.sum()
+        (gradient,) = torch.autograd.grad(temperature * (margin * weights).sum(), cells)
         own = slice(place, place + 1)
         expected = weigh_maps(comparison.cells[own], gradient[own], elementwise=True, rectify=False)[0]
         assert torch.allclose(soft_attention(comparison, place), expected, atol=1e-5)

@@ -55,7 +55,7 @@ _VERBS: dict[str, _Verb] = {
     "demo": (DemoConfig, commands.demo, "train and score on generated pictures: no data, no download"),
     "train": (TrainConfig, commands.train, "train one fold"),
     "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
-    "explain": (ExplainConfig, commands.explain, "draw episodes: support, attention, prior, prediction, truth"),
+    "explain": (ExplainConfig, commands.explain, "show why, in episodes or your own photos; score explainers"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
     "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
 }

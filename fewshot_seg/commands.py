@@ -167,10 +167,10 @@ def explain(config: ExplainConfig) -> int:
     """Draw episodes or photos with what made them alike, or score how faithful explainers are."""
     if config.query is not None:
         return _explain_photos(config)
-    settings = config.episodes
+    settings, rule = config.episodes, _scoring_rule(config)
     method, data = open_on_data(settings, show_progress=True)
     if config.score:
-        return _score_explainers(config, method, data)
+        return _score_explainers(config, rule, method, data)
     numbers = tuple(range(config.count)) if config.numbers is None else config.numbers
     longer = max(data.protocol.episodes, max(numbers) + 1)  # only where it does not change the episodes of later runs
     count = longer if data.protocol.repeats == 1 else None
@@ -238,18 +238,22 @@ def _explain_photos(config: ExplainConfig) -> int:
     return 1 if failures else 0
 
 
-def _score_explainers(config: ExplainConfig, method: Method, data: FoldData) -> int:
-    rule = ScoringRule(
+def _scoring_rule(config: ExplainConfig) -> ScoringRule:
+    return ScoringRule(
         explainers=config.explainers or tuple(EXPLAINERS), steps=config.score_steps, sanity_every=config.sanity_every
     )
+
+
+def _score_explainers(config: ExplainConfig, rule: ScoringRule, method: Method, data: FoldData) -> int:
     longer = max(data.protocol.episodes, config.score_episodes) if data.protocol.repeats == 1 else None
     specs = evaluation_specs(data, shots=config.shots, count=longer, seed=config.seed)[: config.score_episodes]
     settings = config.episodes
     identity = {
         "method": method.name,
         "threshold": method.segmenter.threshold,
+        "backbone": method.segmenter.backbone.fingerprint,
         "data": benchmark_name(data),
-        "episodes_fingerprint": fingerprint_episodes(specs[:1]),
+        "first_episode": fingerprint_episodes(specs[:1]),  # a later run may ask for more of them
     }
     records = score_explainers(
         method.segmenter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from episodes.types import DataError
 from fewshot_seg.config.data import CacheSettings, DataSettings, ShotRuleName, SupportName
@@ -263,7 +263,8 @@ class ExplainConfig(ModelSettings, DataSettings, CacheSettings):
     def episodes(self) -> EpisodeSettings:
         """The settings of its episodes."""
         names = [one.name for one in settings_of(EpisodeSettings) if one.name != "support"]
-        return EpisodeSettings(support=self.support[0], **{name: getattr(self, name) for name in names})
+        support = cast(SupportName, self.support[0])  # checked below
+        return EpisodeSettings(support=support, **{name: getattr(self, name) for name in names})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,8 @@ def gradient_attention(comparison: Comparison, place: int) -> Tensor:
     Of the query, the gradient is the same at every cell, and M = sum_k alpha_k A_k, without the ReLU that pictures
     apply. Of a support, it is not: object and background are pooled apart, and every cell is weighted by its own
     gradient (`attention.weigh_maps`). An embedding of unit length does not change along itself, so that within the
-    object such a map sums to zero: it tells its cells apart, but not the object from its background. See `soft_attention`.
+    object such a map sums to zero: it tells its cells apart, but not the object from its background. See
+    `soft_attention`.
     """
     comparison.passes.backward += 1
     if place == 0:
@@ -88,7 +89,8 @@ def soft_attention(comparison: Comparison, place: int) -> Tensor:
     Object and background compete at every cell, and the gradient differs from cell to cell. Of the query, each cell's
     own margin is explained (`priors.soft_margin_attention`). Of a support, the mean margin of the query's cells,
     weighted by how likely they are found: S = sum_x p(x) t m(x) with m the log-ratio of the soft margin, t its
-    temperature, and p the sigmoid of m, detached and scaled to sum to 1. Cells of the object count for, cells of the background against.
+    temperature, and p the sigmoid of m, detached and scaled to sum to 1. Cells of the object count for, cells of the
+    background against.
     """
     comparison.passes.backward += 1
     temperature, support = comparison.segmenter.temperature, comparison.support

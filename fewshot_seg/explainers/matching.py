@@ -27,7 +27,8 @@ def pairwise_decomposition(comparison: Comparison, place: int) -> Tensor:
         side[place - 1] / torch.einsum("kdhw,khw->d", cells[1:], side).norm().clamp_min(1e-12)
         for side in comparison.sides
     )
-    return likeness * (of_object - of_other)
+    found: Tensor = likeness * (of_object - of_other)
+    return found
 
 
 def support_affinity(comparison: Comparison, place: int) -> Tensor:

@@ -157,15 +157,16 @@ class TestRuns:
             ScoringRule(explainers=("magic",))
 
 
-class TestTable:
-    @pytest.fixture(scope="class")
-    def records(
-        self, tiny_backbone: Backbone, tiny_source: SyntheticSource, tmp_path_factory: pytest.TempPathFactory
-    ) -> list[dict[str, object]]:
-        path = tmp_path_factory.mktemp("scores") / "episodes.jsonl"
-        segmenter = training_free(tiny_backbone).eval()
-        return score_explainers(segmenter, tiny_source, SPECS, path, rule=RULE, resolution=SIZE, identity={})
+@pytest.fixture(scope="module")
+def records(
+    tiny_backbone: Backbone, tiny_source: SyntheticSource, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, object]]:
+    path = tmp_path_factory.mktemp("scores") / "episodes.jsonl"
+    segmenter = training_free(tiny_backbone).eval()
+    return score_explainers(segmenter, tiny_source, SPECS, path, rule=RULE, resolution=SIZE, identity={})
 
+
+class TestTable:
     def test_values_by_a_plain_loop(self, records: list[dict[str, object]]) -> None:
         found = summarise(records)["attention"]
         gains, counts = [], dict[int, np.ndarray]()

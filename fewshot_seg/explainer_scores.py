@@ -139,11 +139,12 @@ _ENDS = ("whole", "blank")
 
 
 def _outcomes(comparison: Comparison, place: int, photos: Tensor, target: Tensor) -> dict[str, list[float]]:
-    """Similarity, and intersection and union with the target, where photo `place` is each of these."""
-    scores, masks = comparison.outcomes(place, photos)
+    """Similarity, match, and intersection and union with the target, where photo `place` is each of these."""
+    scores, matches, masks = comparison.outcomes(place, photos)
     counts = intersection_union(masks, target.expand(len(masks), *target.shape))[:, 1]
     return {
         "similarity": scores.tolist(),
+        "match": matches.tolist(),
         "intersection": counts[:, 0].tolist(),
         "union": counts[:, 1].tolist(),
     }

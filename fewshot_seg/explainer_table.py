@@ -19,6 +19,8 @@ Statistic = Callable[[Float64Array], Float64Array]
 METRICS: Mapping[str, bool] = {
     "deletion, similarity": False,
     "insertion, similarity": True,
+    "deletion, match": False,
+    "insertion, match": True,
     "deletion, mIoU": False,
     "insertion, mIoU": True,
     "pointing game": True,
@@ -35,6 +37,7 @@ def summarise(records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
 
     - similarity: area under the curve, less that of a straight line between both ends, in hundredths of a cosine:
       below 0 for a deletion that hits what counts, above 0 for such an insertion;
+    - match: likewise, of the soft margin where the object was found (`Comparison.outcomes`);
     - mIoU: area under the curve of the mIoU, intersections and unions pooled per class over episodes;
     - pointing game, energy inside: share of episodes, mean share of the map;
     - sanity: mean rank correlation, without sign, with the map of a network of random weights; only of the episodes
@@ -58,13 +61,17 @@ def summarise(records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
     return found
 
 
+_MEASURED = ("similarity", "match", "intersection", "union")
+
+
 def _statistics(records: Sequence[Record], name: str, side: Side, membership: Float64Array) -> dict[str, Statistic]:
     """What is measured of one explainer and side, by metric."""
     measured = [record["explainers"][name][side] for record in records]
     found: dict[str, Statistic] = {}
     for mode in ("deletion", "insertion"):
-        curves = {key: _curves(records, measured, side, mode, key) for key in ("similarity", "intersection", "union")}
+        curves = {key: _curves(records, measured, side, mode, key) for key in _MEASURED}
         found[f"{mode}, similarity"] = _similarity_area(curves["similarity"])
+        found[f"{mode}, match"] = _similarity_area(curves["match"])
         found[f"{mode}, mIoU"] = _miou_area(curves["intersection"], curves["union"], membership)
     found["pointing game"] = _mean_of([one["pointing"] for one in measured])
     found["energy inside"] = _mean_of([one["energy"] for one in measured])

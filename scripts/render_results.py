@@ -196,7 +196,8 @@ def _explainers_note(records: Sequence[Record]) -> str:
         f"the default backbone, photos of {records[0]['resolution']} pixels a side. What each explainer and column is: "
         "docs/explain.md. Similarity: area under the curve of the margin while the pixels ranked highest go first "
         "(deletion, lower is better) or come first (insertion, higher is better), less that of a straight line "
-        "between both ends, in hundredths of a cosine. mIoU: area under the curve of the mIoU. Pointing game, "
+        "between both ends, in hundredths of a cosine. Match: the same of the soft margin where the object was found. "
+        "mIoU: area under the curve of the mIoU. Pointing game, "
         "energy inside: per cent. Sanity: rank correlation with the map of random weights, lower is better; on "
         f"{episodes.get(True, 0)} episodes. Passes: 1 is every photo of the episode once. Best of each column in bold."
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from episodes.types import DataError
 from fewshot_seg.faithfulness import blurred
+from fewshot_seg.priors import blockwise_soft_margin
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
 from fewshot_seg.similarity import join_levels
 
@@ -210,27 +211,53 @@ class Comparison:
         parts = torch.split(photos, _BATCH)
         return torch.cat([self.margins(place, self.segmenter.similarity(self._encode(part))) for part in parts])
 
+    @cached_property
+    def likely(self) -> Tensor:
+        """How likely each of the query's cells was found in the photos as they are, float (h*w,), summing to 1."""
+        found = self._soft_margins(self.support, self.cells[:1])[0].sigmoid()
+        return found / found.sum().clamp_min(1e-12)
+
     @torch.no_grad()
-    def outcomes(self, place: int, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """As `changed`, and what the model then takes for the object: bool (N, H, W)."""
-        scores, masks = [], []
+    def outcomes(self, place: int, photos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model makes of it where photo `place` is one of N others, float32 (N, 3, H, W).
+
+        Returns:
+            s, float (N,); the match, float (N,): the soft margin in units of a cosine (t times its log-ratio), mean
+            over the query's cells by `likely`; and what is taken for the object, bool (N, H, W).
+        """
+        scores, matches, masks = [], [], []
         for part in torch.split(photos, _BATCH):
             levels = self._encode(part)
-            scores.append(self.margins(place, self.segmenter.similarity(levels)))
-            masks.append(self._masks(place, levels))
-        return torch.cat(scores), torch.cat(masks)
+            cells, count = self.segmenter.similarity(levels), len(part)
+            scores.append(self.margins(place, cells))
+            if place == 0:
+                support, queries = self.support.expand(count), list(levels)
+            else:
+                support = self._support_of(self._with_support(place, levels), count)
+                queries = [own[:1].expand(count, *own.shape[1:]) for own in self.levels]
+                cells = self.cells[:1].expand(count, *self.cells.shape[1:])
+            matches.append(self.segmenter.temperature * self._soft_margins(support, cells) @ self.likely)
+            masks.append(self.segmenter.segment_levels(support, queries, self.size).masks)
+        return torch.cat(scores), torch.cat(matches), torch.cat(masks)
 
-    def _masks(self, place: int, levels: Sequence[Tensor]) -> Tensor:
-        count = len(levels[0])
-        if place == 0:
-            return self.segmenter.segment_levels(self.support, levels, self.size).masks
-        joined = []
+    def _soft_margins(self, support: SupportEncoding, cells: Tensor) -> Tensor:
+        """Log-ratios float (N, h*w) of queries with cells float (N, D, h, w)."""
+        return blockwise_soft_margin(
+            cells.flatten(2).transpose(1, 2),
+            support.cells,
+            support.foreground,
+            support.background,
+            temperature=self.segmenter.temperature,
+        )
+
+    def _with_support(self, place: int, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Features of N times K supports, of which number `place` has other ones, float (N, C, h, w) per level."""
+        joined, count = [], len(levels[0])
         for new, own in zip(levels, self.levels, strict=True):
             supports = own[1:].repeat(count, 1, 1, 1).reshape(count, self.shots, *own.shape[1:])
             supports[:, place - 1] = new
             joined.append(supports.flatten(0, 1))
-        queries = [own[:1].expand(count, *own.shape[1:]) for own in self.levels]
-        return self.segmenter.segment_levels(self._support_of(joined, count), queries, self.size).masks
+        return joined
 
 
 Explainer = Callable[[Comparison, int], Tensor]

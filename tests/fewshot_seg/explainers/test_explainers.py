@@ -97,7 +97,8 @@ class TestComparison:
     def test_changed_photos_are_whole_comparisons(self, segmenter: FewShotSegmenter, comparison: Comparison) -> None:
         noise = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         for place in range(3):
-            changed, (scores, masks) = comparison.changed(place, noise), comparison.outcomes(place, noise)
+            changed = comparison.changed(place, noise)
+            scores, matches, masks = comparison.outcomes(place, noise)
             assert torch.allclose(changed, scores, atol=1e-6)
             for number, photo in enumerate(noise):
                 photos = comparison.photos.clone()
@@ -105,6 +106,10 @@ class TestComparison:
                 whole = Comparison(segmenter, photos[1:], comparison.masks, photos[0])
                 assert whole.margin == pytest.approx(float(changed[number]), abs=1e-5)
                 levels = [level[:1] for level in whole.levels]
+                margins = 0.05 * prior(whole, 0).flatten()
+                weights = prior(comparison, 0).flatten().sigmoid()
+                expected_match = float((margins * weights).sum() / weights.sum())
+                assert float(matches[number]) == pytest.approx(expected_match, abs=1e-4)
                 expected = segmenter.segment_levels(whole.support, levels, whole.size).masks[0]
                 assert (expected != masks[number]).float().mean() < 0.01  # batches round differently
 

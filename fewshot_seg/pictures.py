@@ -162,34 +162,41 @@ class Panel:
     scale: bool = False
 
 
-def panel_sheet(rows: Sequence[Sequence[Panel]], title: str) -> UInt8Array:
-    """Labelled panels in rows under a title, uint8 (H, W, 3). Pictures keep their proportions."""
+def panel_sheet(rows: Sequence[Sequence[Panel]], title: str, *, scale: float = 1) -> UInt8Array:
+    """Labelled panels in rows under a title, uint8 (H, W, 3). Pictures keep their proportions.
+
+    Args:
+        rows: the panels.
+        title: above them.
+        scale: 1 is 256 pixels a panel, for the screen; 3 prints well.
+    """
+    panel, gap, label, above = (round(scale * one) for one in (_PANEL, _GAP, _LABEL, _TITLE))
     columns = max(len(row) for row in rows)
-    width = columns * (_PANEL + _GAP) + _GAP
-    height = _TITLE + _GAP + len(rows) * (_PANEL + _LABEL + _GAP)
+    width = columns * (panel + gap) + gap
+    height = above + gap + len(rows) * (panel + label + gap)
     sheet = Image.new("RGB", (width, height), "white")
     ink = ImageDraw.Draw(sheet)
-    _text(ink, (_GAP, 6), title, 18, width - 2 * _GAP)
+    _text(ink, (gap, round(6 * scale)), title, round(18 * scale), width - 2 * gap)
     for number, row in enumerate(rows):
-        top = _TITLE + _GAP + number * (_PANEL + _LABEL + _GAP)
-        for column, panel in enumerate(row):
-            left = _GAP + column * (_PANEL + _GAP)
-            _draw_panel(sheet, ink, panel, left, top)
+        top = above + gap + number * (panel + label + gap)
+        for column, one in enumerate(row):
+            _draw_panel(sheet, ink, one, gap + column * (panel + gap), top, scale)
     return np.asarray(sheet)
 
 
-def _draw_panel(sheet: Image.Image, ink: ImageDraw.ImageDraw, panel: Panel, left: int, top: int) -> None:
+def _draw_panel(sheet: Image.Image, ink: ImageDraw.ImageDraw, panel: Panel, left: int, top: int, scale: float) -> None:
+    side = round(scale * _PANEL)
     picture = Image.fromarray(panel.picture)
-    factor = _PANEL / max(picture.size)
+    factor = side / max(picture.size)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     picture = picture.resize(size, Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC)
-    sheet.paste(picture, (left + (_PANEL - size[0]) // 2, top + (_PANEL - size[1]) // 2))
-    room = _PANEL
+    sheet.paste(picture, (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
+    room = side
     if panel.scale:
-        room -= 80
-        strip = colour_map(np.linspace(0, 1, 72)[None].repeat(10, axis=0))
-        sheet.paste(Image.fromarray(strip), (left + _PANEL - 72, top + _PANEL + 8))
-    _text(ink, (left, top + _PANEL + 4), panel.label, 14, room)
+        room -= round(80 * scale)
+        strip = colour_map(np.linspace(0, 1, round(72 * scale))[None].repeat(round(10 * scale), axis=0))
+        sheet.paste(Image.fromarray(strip), (left + side - strip.shape[1], top + side + round(8 * scale)))
+    _text(ink, (left, top + side + round(4 * scale)), panel.label, round(14 * scale), room)
 
 
 def _text(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, room: int) -> None:

@@ -101,6 +101,9 @@ def render(source: Path, target: Path) -> None:
         rivals = _select(of_data, task="rivals", fold="mean")
         if rivals:
             lines += ["", "### Rivals", "", _RIVALS, "", *_rival_table(rivals)]
+        explained = _select(of_data, task="explainers")
+        if explained:
+            lines += ["", "### Explainers", "", _explainers_note(explained), "", *_explainer_tables(explained)]
         for metric in dict.fromkeys(record["metric"] for record in of_data if record["task"] == "speed"):
             lines += ["", f"### {metric}", "", *_table(_select(of_data, task="speed", metric=metric))]
     with atomic_path(target) as temporary:
@@ -181,6 +184,50 @@ def _rival_table(records: Sequence[Record]) -> list[str]:
                 cells.append(f"{record['value']:,.0f}" if metric == counted else f"{record['value']:.2f}")
         rows.append(f"| {method} | {' | '.join(cells)} |")
     return rows
+
+
+_LOWER_IS_BETTER = ("deletion", "sanity")
+
+
+def _explainers_note(records: Sequence[Record]) -> str:
+    episodes = {"sanity" in record["metric"]: record["episodes"] for record in records}
+    return (
+        f"{episodes[False]} one-shot episodes of novel classes, the same for all; the training-free soft margin over "
+        f"the default backbone, photos of {records[0]['resolution']} pixels a side. What each explainer and column is: "
+        "docs/explain.md. Similarity: area under the curve of the margin while the pixels ranked highest go first "
+        "(deletion, lower is better) or come first (insertion, higher is better), less that of a straight line "
+        "between both ends, in hundredths of a cosine. Match: the same of the soft margin where the object was found. "
+        "mIoU: area under the curve of the mIoU. Pointing game, "
+        "energy inside: per cent. Sanity: rank correlation with the map of random weights, lower is better; on "
+        f"{episodes.get(True, 0)} episodes. Passes: 1 is every photo of the episode once. Best of each column in bold."
+    )
+
+
+def _explainer_tables(records: Sequence[Record]) -> list[str]:
+    """One table a side: one row an explainer, one column a metric, passes last."""
+    by_place = {(record["method"], record["metric"]): record for record in records}
+    methods, lines = list(dict.fromkeys(record["method"] for record in records)), list[str]()
+    for side in ("query", "support"):
+        metrics = [one for one in dict.fromkeys(record["metric"] for record in records) if one.startswith(side)]
+        names = [metric.removeprefix(f"{side}: ") for metric in metrics]
+        lines += ["", f"{side.capitalize()} side", ""] if lines else [f"{side.capitalize()} side", ""]
+        lines += [
+            f"| explainer | {' | '.join(names)} | passes forward | backward |",
+            f"|---|{'---|' * (len(names) + 2)}",
+        ]
+        best = {}
+        for metric, name in zip(metrics, names, strict=True):
+            values = [by_place[method, metric]["value"] for method in methods if (method, metric) in by_place]
+            best[metric] = (min if name.startswith(_LOWER_IS_BETTER) else max)(values)
+        for method in methods:
+            cells = []
+            for metric in metrics:
+                record = by_place.get((method, metric))
+                cell = _cell(record)
+                cells.append(f"**{cell}**" if record is not None and record["value"] == best[metric] else cell)
+            passes = [f"{by_place[method, one]['value']:g}" for one in ("forward", "backward")]
+            lines.append(f"| {method} | {' | '.join([*cells, *passes])} |")
+    return lines
 
 
 def _provenance(records: Sequence[Record]) -> str:

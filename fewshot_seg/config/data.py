@@ -52,8 +52,15 @@ class DataSettings(Config):
         "classes to be scored, by name, where the data set has no folds (default: all, and nothing to train on)", None
     )
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether a data set is read at all."""
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.needs_data:
+            return
         if self.root is None and self.data != "synthetic":
             raise DataError(f"--data {self.data} needs --root, {_ROOTS[self.data]}; --data synthetic needs no files")
         for name, needed in (("sbd", "voc"), ("images", "coco-json")):

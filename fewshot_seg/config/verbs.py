@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from episodes.types import DataError
 from fewshot_seg.config.data import CacheSettings, DataSettings, ShotRuleName, SupportName
-from fewshot_seg.config.machinery import Config, setting
+from fewshot_seg.config.machinery import Config, setting, settings_of
 
 PriorName = Literal["similarity", "pfenet", "none"]
 AttentionName = Literal["siamese", "triplet", "cosine", "margin"]
@@ -253,12 +253,57 @@ class ReportConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig(EpisodeSettings):
+class ExplainConfig(ModelSettings, DataSettings, CacheSettings):
     """``fewshot-seg explain``."""
 
-    out: Path = setting("folder of the pictures", Path("runs/explain"))
+    fold: int | None = setting("test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
+    shots: int = setting("supports per episode", 1, minimum=1)
+    support: tuple[str, ...] = setting(
+        "of episodes: how supports are marked (mask, box, scribble, point or label); with --query: PHOTO:MASK pairs "
+        "and what else `predict --support` takes",
+        ("mask",),
+    )
+    query: tuple[str, ...] | None = setting(
+        "explain your own photos instead of episodes: files, folders or quoted globs", None
+    )
+    seed: int | None = setting("seed of the episodes (default: the protocol's)", None, minimum=0)
+    resolution: int | None = setting("side of the square photos (default: the model's or protocol's)", None, minimum=32)
+    out: Path = setting("folder of the pictures and maps", Path("runs/explain"))
     count: int = setting("draw the first COUNT episodes of the evaluation", 8, minimum=1)
     numbers: tuple[int, ...] | None = setting("draw these episodes instead, by number", None, minimum=0)
+    panel: int = setting("side of a panel of the pictures, in pixels", 512, minimum=64, maximum=2048)
+    score: bool = setting("score explainers on the first episodes instead of drawing them", False)
+    score_episodes: int = setting("episodes that --score takes", 50, minimum=1)
+    explainers: tuple[str, ...] | None = setting("with --score: which explainers, by name (default: all)", None)
+    score_steps: int = setting("with --score: steps of the deletion and insertion curves", 5, minimum=2)
+    sanity_every: int = setting(
+        "with --score: every so many episodes are also explained with random weights", 5, minimum=1
+    )
+
+    @property
+    def needs_data(self) -> bool:
+        """Not for one's own photos."""
+        return self.query is None
+
+    @property
+    def episodes(self) -> EpisodeSettings:
+        """The settings of its episodes."""
+        names = [one.name for one in settings_of(EpisodeSettings) if one.name != "support"]
+        support = cast(SupportName, self.support[0])  # checked below
+        return EpisodeSettings(support=support, **{name: getattr(self, name) for name in names})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.query is None:
+            if len(self.support) != 1 or self.support[0] not in get_args(SupportName):
+                raise DataError(
+                    f"--support must be one of {', '.join(get_args(SupportName))} for episodes, got "
+                    f"{' '.join(self.support)!r}; to explain your own photos give --query, too"
+                )
+        elif self.score:
+            raise DataError("--score needs episodes, whose answers are known; leave --query out")
+        elif self.support == ("mask",):
+            raise DataError("missing --support: PHOTO:MASK pairs that show the object in --query's photos")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,8 @@ def draw_gallery(
 
 
 def _pictures(episode: ExplainedEpisode) -> dict[str, UInt8Array]:
-    panels = {_CAPTIONS.get(key, panel.label): panel.picture for key, panel in episode_panels(episode).items()}
+    shown = {key: panel for key, panel in episode_panels(episode).items() if key != "background"}  # a row holds seven
+    panels = {_CAPTIONS.get(key, panel.label): panel.picture for key, panel in shown.items()}
     return panels | {"errors": errors_picture(episode.query_image, episode.prediction, episode.target)}
 
 

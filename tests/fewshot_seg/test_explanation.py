@@ -14,7 +14,10 @@ from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
 from episodes.sources import SyntheticSource
 from episodes.types import EpisodeSpec, SupportKind, UInt8Array
+from fewshot_seg.attention import scale_map
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.explainers import background_evidence, soft_attention
+from fewshot_seg.explainers.episode import compare_photos, episode_photos
 from fewshot_seg.explanation import episode_picture, explain_episode, write_explanations
 from fewshot_seg.prediction import Predictor
 from fewshot_seg.priors import PRIOR_CHANNELS
@@ -120,13 +123,15 @@ class TestPaddedPhotos:
 
 
 class TestPictures:
-    def test_one_row_for_one_shot_two_for_more(self, segmenter: FewShotSegmenter, tiny_source: SyntheticSource) -> None:
+    def test_one_row_for_the_query_and_one_for_each_support(
+        self, segmenter: FewShotSegmenter, tiny_source: SyntheticSource
+    ) -> None:
         one, two = (
             episode_picture(explain_episode(segmenter, tiny_source, spec, resolution=48), title="star")
             for spec in (SPEC, TWO)
         )
-        assert one.shape[1] > 6 * 256
-        assert one.shape[0] < 2 * 256 < two.shape[0]
+        assert one.shape[1] == two.shape[1] > 6 * 256
+        assert 2 * 256 < one.shape[0] < 3 * 256 < two.shape[0]  # the query's row, and one for each support
         assert one.dtype == np.uint8
 
     def test_files_are_named_by_episode(
@@ -140,3 +145,52 @@ class TestPictures:
         expected = episode_picture(explain_episode(segmenter, tiny_source, TWO, resolution=48), title=written[0].title)
         with Image.open(written[0].path) as stored:
             assert np.array_equal(np.asarray(stored), expected)
+
+    def test_panels_for_print(self, segmenter: FewShotSegmenter, tiny_source: SyntheticSource) -> None:
+        episode = explain_episode(segmenter, tiny_source, SPEC, resolution=48)
+        small, large = (episode_picture(episode, title="star", scale=scale) for scale in (1, 2))
+        assert large.shape == (2 * small.shape[0], 2 * small.shape[1], 3)
+
+
+class TestBothSides:
+    def test_shown_maps_are_the_explainers(self, tiny_backbone: Backbone, wide: WidePhotos) -> None:
+        segmenter = training_free(tiny_backbone).eval()
+        episode = explain_episode(segmenter, wide, TWO, resolution=64)
+        comparison = compare_photos(segmenter, episode_photos(wide, TWO), resolution=64)
+        for place, shown in enumerate(episode.support_attention, 1):
+            found = soft_attention(comparison, place)
+            assert np.array_equal(episode.raw["support_attention"][place - 1], found.numpy())
+            assert np.array_equal(episode.raw["support_background"][place - 1], -found.numpy())
+            expected = scale_map(found.relu()[None], (40, 64))[0].numpy()
+            assert np.allclose(shown, expected, atol=1e-6)
+        against = background_evidence(comparison, 0)
+        assert np.allclose(episode.background, scale_map(against.relu()[None], (40, 64))[0].numpy(), atol=1e-6)
+        assert np.allclose(
+            scale_map(torch.from_numpy(episode.raw["query_attention"]).relu()[None], (40, 64))[0].numpy(),
+            episode.attention,
+            atol=1e-6,
+        )
+
+    def test_padding_is_cut_off(self, tiny_backbone: Backbone, wide: WidePhotos) -> None:
+        segmenter = training_free(tiny_backbone).eval()
+        episode = explain_episode(segmenter, wide, TWO, resolution=64, fit="pad")
+        assert [one.shape for one in episode.support_attention] == [(40, 64)] * 2
+        assert episode.background.shape == (40, 64)
+
+    def test_maps_file(self, segmenter: FewShotSegmenter, tiny_source: SyntheticSource, tmp_path: Path) -> None:
+        written = write_explanations(
+            segmenter, tiny_source, [TWO], numbers=[0], resolution=48, folder=tmp_path, maps=True
+        )
+        episode = explain_episode(segmenter, tiny_source, TWO, resolution=48)
+        with np.load(written[0].path.with_suffix(".npz")) as stored:
+            assert set(stored) == {
+                *(f"{side}_{name}" for side in ("query", "support") for name in ("attention", "background", "prior")),
+                "mask",
+                "target",
+            }
+            assert stored["query_attention"].shape == (3, 3)
+            assert stored["support_prior"].shape == (2, 3, 3)
+            assert stored["query_background"].dtype == np.float32
+            assert np.array_equal(stored["mask"], episode.prediction)
+            assert np.array_equal(stored["target"], episode.target)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["episode-0000.npz", "episode-0000.png"]

@@ -75,3 +75,29 @@ def test_tables_hold_the_numbers_with_their_intervals(script: ModuleType, tmp_pa
     assert "| a | 12.3 [10.0, 14.0] | 20.0 [19.0, 21.0] |" in page
     assert "| 0 | cat | 77.7 |" in page
     assert "`python x.py` (protocol hsnet, commit abc)" in page
+
+
+def explained(method: str, metric: str, value: float, **more: Any) -> dict[str, Any]:
+    """A record of the explainers' table."""
+    record = {"task": "explainers", "data": "PASCAL-5i/792", "protocol": "hsnet", "fold": "mean", "shots": 1}
+    record |= {"support": "mask", "method": method, "metric": metric, "value": value, "episodes": 500, "seeds": [0]}
+    return record | {"resolution": 192, "command": "python x.py", "commit": "abc", **more}
+
+
+def test_explainers_have_a_table_a_side(script: ModuleType, tmp_path: Path) -> None:
+    records = []
+    for method, low, high in (("attention", 10.0, 80.0), ("chance", 20.0, 30.0)):
+        for side in ("query", "support"):
+            records.append(explained(method, f"{side}: deletion, mIoU", low, low=low - 1, high=low + 1))
+            records.append(explained(method, f"{side}: pointing game", high, low=high - 1, high=high + 1))
+            records.append(explained(method, f"{side}: sanity", low, low=0.0, high=30.0, episodes=100))
+        records += [explained(method, one, 1.0) for one in ("forward", "backward")]
+    (tmp_path / "results.json").write_text(json.dumps(records))
+    script.render(tmp_path / "results.json", tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "500 one-shot episodes" in page
+    assert "on 100 episodes" in page
+    assert page.count("| explainer | deletion, mIoU | pointing game | sanity | passes forward | backward |") == 2
+    best = "| attention | **10.0 [9.0, 11.0]** | **80.0 [79.0, 81.0]** | **10.0 [0.0, 30.0]** | 1 | 1 |"
+    assert page.count(best) == 2
+    assert page.count("| chance | 20.0 [19.0, 21.0] | 30.0 [29.0, 31.0] | 20.0 [0.0, 30.0] | 1 | 1 |") == 2

@@ -35,7 +35,7 @@ from fewshot_seg.runtime import write_json
 from fewshot_seg.segmenter import training_free
 
 EPISODES = 125
-"""Of each fold."""
+"""Of each fold; a run of fewer (--episodes) takes the first of these."""
 
 
 def main() -> None:
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/explainers"), help="finished episodes and scores")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--resolution", type=int, default=192, help="side of the square photos")
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="of each fold, the first of those of the table")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--quick", action="store_true", help="two episodes a fold, to try the script")
     arguments = parser.parse_args()
@@ -57,11 +58,12 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for fold in range(4):
         data = open_fold(source, backbone, get_protocol("hsnet"), fold=fold, cache=arguments.cache)
-        specs = evaluation_specs(data, shots=1)[: 2 if arguments.quick else EPISODES]
+        specs = evaluation_specs(data, shots=1)[:EPISODES]
+        asked = specs[: 2 if arguments.quick else arguments.episodes]
         found += score_explainers(
             segmenter,
             source,
-            specs,
+            asked,
             arguments.out / f"fold{fold}.jsonl",
             rule=rule,
             resolution=arguments.resolution,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import app_commands, commands, data_commands, similarity_commands, weights_commands
+from fewshot_seg import app_commands, commands, data_commands, explain_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
     AppConfig,
     Config,
@@ -57,7 +57,7 @@ _VERBS: dict[str, _Verb] = {
     "demo": (DemoConfig, commands.demo, "train and score on generated pictures: no data, no download"),
     "train": (TrainConfig, commands.train, "train one fold"),
     "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
-    "explain": (ExplainConfig, commands.explain, "show why, in episodes or your own photos; score explainers"),
+    "explain": (ExplainConfig, explain_commands.explain, "show why, in episodes or your own photos; score explainers"),
     "report": (ReportConfig, commands.report, "write report.html of one run, or of several side by side"),
     "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
     "app": (AppConfig, app_commands.app, "a page in the browser: mark an object in examples, see it found in photos"),

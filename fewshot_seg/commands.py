@@ -11,9 +11,7 @@ from episodes.fold_lists import evaluation_specs, left_out_classes
 from episodes.types import DataError
 from fewshot_seg.config import (
     DemoConfig,
-    EpisodeSettings,
     EvaluateConfig,
-    ExplainConfig,
     ExportConfig,
     PredictConfig,
     ReportConfig,
@@ -22,20 +20,15 @@ from fewshot_seg.config import (
 from fewshot_seg.demo import run_demo, score_table
 from fewshot_seg.distributed import current_ranks
 from fewshot_seg.evaluation import Evaluation, evaluate
-from fewshot_seg.explainer_scores import ScoringRule, score_explainers
-from fewshot_seg.explainer_table import score_tables, summarise
-from fewshot_seg.explainers import EXPLAINERS
-from fewshot_seg.explanation import write_explanations
 from fewshot_seg.export import check_packages, export_segmenter
 from fewshot_seg.fold_data import FoldData, stored_episodes
 from fewshot_seg.method import Method, open_on_data
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.n_way import NWayEvaluation, evaluate_n_way
-from fewshot_seg.photo_explanation import explain_files
 from fewshot_seg.photos import WORKING_PIXELS, find_queries
 from fewshot_seg.predicted_files import COCO_NAME, FolderPrediction, predict_folder
 from fewshot_seg.predictors import USUAL_SIZE, method_for_photos, predictor_of
-from fewshot_seg.report import Figure, Section, Table, text_table, write_page
+from fewshot_seg.report import Table, text_table
 from fewshot_seg.reports import REPORT_NAME, chosen_episodes, draw_gallery, read_run, write_report
 from fewshot_seg.runs import (
     EVALUATION_NAME,
@@ -43,6 +36,7 @@ from fewshot_seg.runs import (
     RUN_NAME,
     benchmark_name,
     check_novel,
+    episodes_title,
     known_by_name,
     of_episodes,
     run_record,
@@ -163,7 +157,7 @@ def report(config: ReportConfig) -> int:
 
 def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, results: dict[str, Any]) -> None:
     scoring = ", scored at original size" if config.scoring == "original" else ""
-    print(f"{_title(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
+    print(f"{episodes_title(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
     print(text_table(_class_table(result, data)))
     print(f"\n{result.episodes} episodes, threshold {results['threshold']:.3f} {results['threshold_origin']}")
     if results["left_out"]:
@@ -174,13 +168,6 @@ def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, res
     print(f"per episode: {config.out / EVALUATION_NAME}")
 
 
-def _title(config: EpisodeSettings, data: FoldData) -> str:
-    fold = "" if data.fold is None else f", fold {data.fold}"
-    ways = f"{config.ways}-way " if isinstance(config, EvaluateConfig) and config.ways > 1 else ""
-    support = "" if config.support == "mask" else f", supports marked by {config.support}"
-    return f"{benchmark_name(data)}{fold}, {ways}{config.shots}-shot{support}"
-
-
 def _class_table(result: IoUResult, data: FoldData) -> Table:
     names = data.source.class_names
     rows = [[names[class_id], f"{iou:.1f}", ""] for class_id, iou in result.per_class.items()]
@@ -188,121 +175,6 @@ def _class_table(result: IoUResult, data: FoldData) -> Table:
     if data.protocol.reports_fb_iou:
         rows.append(["FB-IoU", f"{result.fb_iou:.1f}", f"{result.fb_iou_low:.1f} - {result.fb_iou_high:.1f}"])
     return Table(header=["class", "IoU %", "95% interval"], rows=rows)
-
-
-def explain(config: ExplainConfig) -> int:
-    """Draw episodes or photos with what made them alike, or score how faithful explainers are."""
-    if config.query is not None:
-        return _explain_photos(config)
-    settings, rule = config.episodes, _scoring_rule(config)
-    method, data = open_on_data(settings, show_progress=True)
-    if config.score:
-        return _score_explainers(config, rule, method, data)
-    numbers = tuple(range(config.count)) if config.numbers is None else config.numbers
-    longer = max(data.protocol.episodes, max(numbers) + 1)  # only where it does not change the episodes of later runs
-    count = longer if data.protocol.repeats == 1 else None
-    specs = evaluation_specs(data, shots=config.shots, count=count, seed=config.seed)
-    if max(numbers) >= len(specs):
-        asked = f"--count {config.count}" if config.numbers is None else f"--numbers {max(numbers)}"
-        raise DataError(f"{asked}: the episodes of {data.protocol.name} are 0 to {len(specs) - 1}")
-    written = write_explanations(
-        method.segmenter,
-        data.source,
-        specs,
-        numbers=numbers,
-        resolution=data.resolution,
-        folder=config.out,
-        support=settings.support,
-        fit=data.protocol.fit,
-        scale=config.panel / 256,
-        maps=True,
-        show_progress=True,
-    )
-    page = config.out / "index.html"
-    figures = [Figure(path=one.path, caption=f"{one.number}. {one.title}: IoU {one.iou:.0f}%") for one in written]
-    section = Section(heading=f"{_title(settings, data)}: {method.name}", figures=figures)
-    write_page(page, title="fewshot-seg explain", sections=[section])
-    results = {"method": method.name, "episodes": [{"number": one.number, "iou": one.iou} for one in written]}
-    write_json(config.out / RUN_NAME, run_record("explain", config, data) | {"results": results})
-    print(f"{len(written)} pictures: {page.resolve()}")
-    return 0
-
-
-def _explain_photos(config: ExplainConfig) -> int:
-    """One's own photos; 1 if some could not be read."""
-    queries, supports = find_queries(config.query or ()), read_supports(config.support)
-    method = method_for_photos(config)
-    resolution = config.resolution or method.resolution or USUAL_SIZE
-    written, failures = explain_files(
-        method.segmenter,
-        supports,
-        queries,
-        config.out,
-        resolution=resolution,
-        fit=method.fit,
-        scale=config.panel / 256,
-        show_progress=True,
-    )
-    page = config.out / "index.html"
-    figures = [Figure(path=one.path, caption=f"{one.title}: {100 * one.share:.0f}% of the photo") for one in written]
-    write_page(page, title="fewshot-seg explain", sections=[Section(heading=method.name, figures=figures)])
-    photos = [
-        {
-            "query": str(one.query),
-            "class": one.name,
-            "picture": one.path.name,
-            "maps": one.maps.name,
-            "share": one.share,
-        }
-        for one in written
-    ]
-    results = {"method": method.name, "photos": photos, "failures": failures, "resolution": resolution}
-    record = {"verb": "explain", "configuration": config.as_json(), "environment": environment(), "results": results}
-    write_json(config.out / RUN_NAME, record)
-    print(f"{len(written)} pictures: {page.resolve()}")
-    for failure in failures:
-        print(f"fewshot-seg: skipped {failure}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _scoring_rule(config: ExplainConfig) -> ScoringRule:
-    return ScoringRule(
-        explainers=config.explainers or tuple(EXPLAINERS), steps=config.score_steps, sanity_every=config.sanity_every
-    )
-
-
-def _score_explainers(config: ExplainConfig, rule: ScoringRule, method: Method, data: FoldData) -> int:
-    longer = max(data.protocol.episodes, config.score_episodes) if data.protocol.repeats == 1 else None
-    specs = evaluation_specs(data, shots=config.shots, count=longer, seed=config.seed)[: config.score_episodes]
-    settings = config.episodes
-    identity = {
-        "method": method.name,
-        "threshold": method.segmenter.threshold,
-        "backbone": method.segmenter.backbone.fingerprint,
-        "data": benchmark_name(data),
-        "first_episode": fingerprint_episodes(specs[:1]),  # a later run may ask for more of them
-    }
-    records = score_explainers(
-        method.segmenter,
-        data.source,
-        specs,
-        config.out / "episodes.jsonl",
-        rule=rule,
-        resolution=data.resolution,
-        identity=identity,
-        support=settings.support,
-        fit=data.protocol.fit,
-        show_progress=True,
-    )
-    scores = summarise(records)
-    results = {"method": method.name, "episodes": len(records), "resolution": data.resolution, "scores": scores}
-    write_json(config.out / "scores.json", results)
-    write_json(config.out / RUN_NAME, run_record("explain", config, data) | {"results": results})
-    print(f"{_title(settings, data)}, {len(records)} episodes at {data.resolution} pixels: {method.name}")
-    for side, table in score_tables(scores).items():
-        print(f"\n{side} side\n\n{text_table(table)}")
-    print(f"\nper episode: {config.out / 'episodes.jsonl'}")
-    return 0
 
 
 def predict(config: PredictConfig) -> int:

@@ -28,7 +28,15 @@ from episodes.types import DataError, MaskSource
 from fewshot_seg.acceleration import accelerate
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import load_similarity, save_segmenter
-from fewshot_seg.config import CacheSettings, Config, DataSettings, EvaluateConfig, SimilarityTrainConfig, TrainConfig
+from fewshot_seg.config import (
+    CacheSettings,
+    Config,
+    DataSettings,
+    EpisodeSettings,
+    EvaluateConfig,
+    SimilarityTrainConfig,
+    TrainConfig,
+)
 from fewshot_seg.cross_fitted_fold import class_groups, train_cross_fitted
 from fewshot_seg.distributed import current_ranks, on_first
 from fewshot_seg.evaluation import Evaluation
@@ -135,6 +143,14 @@ def benchmark_name(data: FoldData) -> str:
         return "synthetic" if isinstance(data.source, SyntheticSource) else f"{data.source.name}/{images}"
     name, wholes = _BENCHMARKS[data.source.folds]
     return name if images in wholes else f"{name}/{images}"
+
+
+def episodes_title(config: EpisodeSettings, data: FoldData) -> str:
+    """What is scored or drawn, in words: benchmark, fold, ways, shots, and how supports are marked."""
+    fold = "" if data.fold is None else f", fold {data.fold}"
+    ways = f"{config.ways}-way " if isinstance(config, EvaluateConfig) and config.ways > 1 else ""
+    support = "" if config.support == "mask" else f", supports marked by {config.support}"
+    return f"{benchmark_name(data)}{fold}, {ways}{config.shots}-shot{support}"
 
 
 def new_segmenter(

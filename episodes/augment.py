@@ -141,15 +141,6 @@ def keep_object(original: UInt8Array, resized: Tensor, fit: Fit) -> Tensor:
     return kept
 
 
-def mirrored_image(image: UInt8Array) -> UInt8Array:
-    """A photo uint8 (H, W, 3) or marks uint8 (H, W), left and right exchanged.
-
-    >>> mirrored_image(np.array([[1, 2, 3]], np.uint8)).tolist()
-    [[3, 2, 1]]
-    """
-    return np.ascontiguousarray(image[:, ::-1])
-
-
 class EpisodeTransform:
     """Square tensors from an image and its mask, both moved alike; random only through `seed`.
 

@@ -96,9 +96,7 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "batch_size": max(1, config.batch_size // config.ways),
         "show_progress": first,
     }
-    episodes = stored_episodes(
-        data, specs, support=config.support, mirror_supports=config.mirror_supports, show_progress=first
-    )
+    episodes = stored_episodes(data, specs, support=config.support, show_progress=first)
     evaluation: Evaluation | NWayEvaluation
     if config.ways == 1:
         evaluation = evaluate(method.segmenter, episodes, findings=True, **arguments)
@@ -116,7 +114,6 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "ways": config.ways,
         "support": config.support,
         "shot_rule": rule,
-        "mirror_supports": config.mirror_supports,
         "method": method.name,
         "threshold": method.segmenter.threshold,
         "threshold_origin": method.threshold_origin,
@@ -188,9 +185,7 @@ def predict(config: PredictConfig) -> int:
     if len(set(names)) < len(names):
         raise DataError(f"each support set is a class of its own, got {', '.join(names)}; give NAME=FILE, each once")
     method = method_for_photos(config)
-    predictor = predictor_of(
-        method, size=config.size, tile=config.tile, flip=config.flip, mirror_supports=config.mirror_supports
-    )
+    predictor = predictor_of(method, size=config.size, tile=config.tile, flip=config.flip)
     for name, shown in supports.items():
         predictor.remember_supports(shown, name=name)
     noted = list(config.support or ())

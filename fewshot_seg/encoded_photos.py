@@ -20,13 +20,10 @@ from fewshot_seg.base_learner import relative_to_largest
 from fewshot_seg.condensation import condense_cells
 from fewshot_seg.decoder import Decoder, MaskDecoder
 from fewshot_seg.feature_episodes import FeatureBatch, StoredPhotos
-from fewshot_seg.features import FeatureStore, MaskStore
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
 
 DEFAULT_BYTE_BUDGET = 768 * 2**20
 
-_Key = tuple[str, bool]
-"""A photo's id, and whether it is the mirrored photo."""
 
 _VECTORS = ("foreground", "background", "open", "share", "foreground_sum", "background_sum", "frozen_sum", "class_sum")
 
@@ -84,8 +81,8 @@ class EncodedPhotos:
         self._compared = segmenter.base_learner is not None  # frozen cells of supports and queries, too
         # the completion looks at the frozen features of weak supports
         self._frozen = read or self._compared or segmenter.completion is not None
-        self._photos: OrderedDict[_Key, PhotoMaps] = OrderedDict()
-        self._supports: dict[tuple[_Key, int, SupportKind, int], _SupportPart] = {}
+        self._photos: OrderedDict[str, PhotoMaps] = OrderedDict()
+        self._supports: dict[tuple[str, int, SupportKind, int], _SupportPart] = {}
         self._bytes = 0
 
     def serves(self, batch: FeatureBatch) -> bool:
@@ -95,7 +92,7 @@ class EncodedPhotos:
     def queries(self, batch: FeatureBatch) -> PhotoMaps:
         """Maps of the batch's queries."""
         assert batch.stored is not None
-        return PhotoMaps.stack([self._photo(batch.stored, (spec.query_id, False)) for spec in batch.specs])
+        return PhotoMaps.stack([self._photo(batch.stored, spec.query_id) for spec in batch.specs])
 
     def supports(self, batch: FeatureBatch, alone: int | None = None) -> SupportEncoding:
         """The batch's supports, all of an episode together or only number `alone` (0-based) of each.
@@ -106,40 +103,38 @@ class EncodedPhotos:
         assert batch.stored is not None
         episodes = []
         for row, spec in enumerate(batch.specs):
-            ways = (False,) if batch.stored.mirrored is None else (False, True)
-            every = [
-                ((image_id, mirrored), batch.stored.kinds[row * spec.shots + number])
-                for mirrored in ways
-                for number, image_id in enumerate(spec.support_ids)
-            ]
-            shown = every if alone is None else [every[alone]]
-            limit = 0 if self._support_cells is None else max(2, self._support_cells // len(shown))
+            numbers = range(spec.shots) if alone is None else [alone]
+            kinds = [batch.stored.kinds[row * spec.shots + number] for number in numbers]
+            limit = 0 if self._support_cells is None else max(2, self._support_cells // len(kinds))
+            shown = zip((spec.support_ids[number] for number in numbers), kinds, strict=True)
             episodes.append([self._support(batch.stored, one, spec.class_id, kind, limit) for one, kind in shown])
         return _together(episodes)
 
-    def _photo(self, stored: StoredPhotos, key: _Key) -> PhotoMaps:
-        if key in self._photos:
-            self._photos.move_to_end(key)
-            return self._photos[key]
+    def _photo(self, stored: StoredPhotos, image_id: str) -> PhotoMaps:
+        if image_id in self._photos:
+            self._photos.move_to_end(image_id)
+            return self._photos[image_id]
         device = next(self._segmenter.backbone.parameters()).device
-        levels = tuple(level.to(device) for level in _stores(stored, key)[0].get([key[0]]))
+        levels = tuple(level.to(device) for level in stored.features.get([image_id]))
         photo = self._segmenter.photo_maps(levels)
         photo = photo.by_cells() if self._frozen else replace(photo, frozen=photo.frozen[:, :0]).by_cells()
-        self._photos[key] = photo
+        self._photos[image_id] = photo
         self._bytes += photo.nbytes
         while self._bytes > self._byte_budget and len(self._photos) > 1:
             oldest, dropped = self._photos.popitem(last=False)
             self._bytes -= dropped.nbytes
-            for support in [support for support in self._supports if support[0] == oldest]:
-                self._bytes -= _own_bytes(self._supports.pop(support))
+            for key in [key for key in self._supports if key[0] == oldest]:
+                self._bytes -= _own_bytes(self._supports.pop(key))
         return photo
 
-    def _support(self, stored: StoredPhotos, shown: _Key, class_id: int, kind: SupportKind, limit: int) -> _SupportPart:
-        photo, key = self._photo(stored, shown), (shown, class_id, kind, limit)
+    def _support(
+        self, stored: StoredPhotos, image_id: str, class_id: int, kind: SupportKind, limit: int
+    ) -> _SupportPart:
+        photo, key = self._photo(stored, image_id), (image_id, class_id, kind, limit)
         if key in self._supports:
             return self._supports[key]
         device = photo.cells.device
-        marks = _stores(stored, shown)[1].get([shown[0]], [class_id], [kind])[None].to(device)
+        marks = stored.masks.get([image_id], [class_id], [kind])[None].to(device)
         dense = torch.tensor([[kind == "mask"]], device=device)
         one = self._segmenter.encode_support_photos(photo, marks, dense)
         frozen = photo.frozen.flatten(2)[0]
@@ -162,13 +157,6 @@ class EncodedPhotos:
         self._supports[key] = part
         self._bytes += _own_bytes(part)
         return part
-
-
-def _stores(stored: StoredPhotos, key: _Key) -> tuple[FeatureStore, MaskStore]:
-    if not key[1]:
-        return stored.features, stored.masks
-    assert stored.mirrored is not None
-    return stored.mirrored
 
 
 def _own_bytes(part: _SupportPart) -> int:

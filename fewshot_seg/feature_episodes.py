@@ -50,14 +50,12 @@ class StoredPhotos:
 
     Attributes:
         features, masks: the stores.
-        kinds: how the supports are marked, episode by episode, those that are shown mirrored left out.
-        mirrored: the stores of mirrored photos, where every support is shown mirrored, too.
+        kinds: how the supports are marked, episode by episode.
     """
 
     features: FeatureStore
     masks: MaskStore
     kinds: tuple[SupportKind, ...]
-    mirrored: tuple[FeatureStore, MaskStore] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +127,6 @@ class CachedEpisodes:
         supports: how supports are marked; of several, each support gets one by the episode's seed.
         photos: photos(image_ids, S) reads photos at a square size, float32 (N, 3, S, S); for batches that are to know
             their queries' photos.
-        mirrored: stores of the mirrored photos. Every support is then shown mirrored, too, as a further shot: the
-            mirrored ones follow the others, and K counts both. Not together with `mirror`.
-
-    Raises:
-        DataError: `mirror` and `mirrored`.
     """
 
     def __init__(
@@ -145,11 +138,8 @@ class CachedEpisodes:
         mirror: bool = False,
         supports: Sequence[SupportKind] = ("mask",),
         photos: Callable[[Sequence[str], int], Tensor] | None = None,
-        mirrored: tuple[FeatureStore, MaskStore] | None = None,
     ) -> None:
-        if mirror and mirrored is not None:
-            raise DataError("supports that are mirrored at random cannot be shown mirrored, too; choose one of both")
-        self._photos, self._mirrored = photos, mirrored
+        self._photos = photos
         self._store, self._masks, self._specs, self._mirror = store, masks, specs, mirror
         self._supports = checked_kinds(supports)
 
@@ -185,40 +175,18 @@ class CachedEpisodes:
             flipped = which[:, 1:].flatten()
             support_levels = _mirror_levels(support_levels, flipped)
             support_masks, truth = _mirror(support_masks, flipped), _mirror(truth, flipped)
-        dense = torch.tensor([kind == "mask" for kind in kinds])
-        if self._mirrored is not None:
-            also, marks = self._mirrored
-            support_levels = LazyLevels(
-                lambda: tuple(map(partial(_followed, shots=shots), store.get(support_ids), also.get(support_ids))),
-                number,
-            )
-            support_masks, truth, dense = (
-                _followed(one, other, shots=shots)
-                for one, other in (
-                    (support_masks, marks.get(support_ids, support_classes, kinds)),
-                    (truth, marks.get(support_ids, support_classes)),
-                    (dense, dense),
-                )
-            )
-        shape = (len(specs), len(dense) // len(specs), *truth.shape[1:])
-        stored = StoredPhotos(features=store, masks=self._masks, kinds=tuple(kinds), mirrored=self._mirrored)
+        shape = (len(specs), shots, *truth.shape[1:])
         return FeatureBatch(
             support_levels=support_levels,
             support_masks=support_masks.reshape(shape),
-            support_dense=dense.reshape(shape[:2]),
+            support_dense=torch.tensor([kind == "mask" for kind in kinds]).reshape(shape[:2]),
             support_truth=truth.reshape(shape),
             query_levels=query_levels,
             query_masks=query_masks,
             specs=specs,
-            stored=None if self._mirror else stored,
+            stored=None if self._mirror else StoredPhotos(features=self._store, masks=self._masks, kinds=tuple(kinds)),
             query_photos=None if self._mirror or self._photos is None else partial(self._photos, query_ids),
         )
-
-
-def _followed(first: Tensor, second: Tensor, *, shots: int) -> Tensor:
-    """(B*K, ...) twice -> (B*2K, ...): every episode's first K, then its second K."""
-    pair = [one.reshape(-1, shots, *one.shape[1:]) for one in (first, second)]
-    return torch.cat(pair, dim=1).flatten(0, 1)
 
 
 def _mirror_levels(levels: Sequence[Tensor], which: Tensor) -> tuple[Tensor, ...]:

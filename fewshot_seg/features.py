@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from episodes.annotations import annotation_of
-from episodes.augment import EpisodeTransform, mirrored_image
+from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.sources import JointSource
 from episodes.types import DataError, MaskSource, PhotoFiles, PhotoSource, SupportKind
@@ -42,7 +42,7 @@ _RECOUNT_SHARE = 0.05
 _RECENT_BYTES = 64 * 2**20
 """Of masks that a `MaskStore` keeps uncompressed."""
 
-_FEATURE_FILE = re.compile(r"[0-9a-f]{16}-\d+(-bfloat16)?(-pad)?(-mirrored)?/[0-9a-f]{32}\.safetensors")
+_FEATURE_FILE = re.compile(r"[0-9a-f]{16}-\d+(-bfloat16)?(-pad)?/[0-9a-f]{32}\.safetensors")
 
 
 class FeatureStore:
@@ -53,7 +53,6 @@ class FeatureStore:
         source: images.
         size: side in pixels of the square that images are fitted into.
         fit: how, see `EpisodeTransform`.
-        mirrored: keep the features of the mirrored photos instead.
         directory: where files go, in a folder per backbone and size; None keeps everything in memory.
         byte_budget: bytes to keep at most in the directory, features of other backbones and sizes included. Stores
             that run at the same time see each other's files now and then: each may go over by a twentieth of it.
@@ -72,14 +71,13 @@ class FeatureStore:
         size: int,
         directory: Path | None,
         fit: Fit = "squash",
-        mirrored: bool = False,
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         batch_size: int | None = None,
     ) -> None:
         self._backbone, self._source = backbone, source
         on_cpu = next(backbone.parameters()).device.type == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else 8)
-        self._transform, self._mirrored = EpisodeTransform("none", size, fit), mirrored
+        self._transform = EpisodeTransform("none", size, fit)
         self._shapes = [(c, *grid) for c, grid in zip(backbone.channels, backbone.grids(size, size), strict=True)]
         empty = {f"level{i}": torch.zeros(shape).half() for i, shape in enumerate(self._shapes)}
         one_file = save(empty, metadata={_CHECKSUM: "0" * 8})
@@ -91,7 +89,6 @@ class FeatureStore:
             )
         rounded = "" if backbone.precision == torch.float32 else f"-{backbone.precision}".replace("torch.", "")
         name = f"{backbone.fingerprint[:16]}-{size}{rounded}" + ("" if fit == "squash" else f"-{fit}")
-        name += "-mirrored" if mirrored else ""
         self._folder = None if directory is None else directory / name
         self._memory: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self._names: dict[str, str] = {}
@@ -177,8 +174,7 @@ class FeatureStore:
     def _compute(self, image_ids: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         images = []
         for image_id in image_ids:
-            photo = self._source.image(image_id)
-            images.append(self._transform.photo(mirrored_image(photo) if self._mirrored else photo))
+            images.append(self._transform.photo(self._source.image(image_id)))
         device = next(self._backbone.parameters()).device
         levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
         # clone: a view would keep the whole batch in memory
@@ -267,11 +263,11 @@ class MaskStore:
 
     Args:
         source: masks, and drawn annotations if it has any.
-        size, fit, mirrored: as of the `FeatureStore`.
+        size, fit: as of the `FeatureStore`.
     """
 
-    def __init__(self, source: MaskSource, *, size: int, fit: Fit = "squash", mirrored: bool = False) -> None:
-        self._source, self._size, self._mirrored = source, size, mirrored
+    def __init__(self, source: MaskSource, *, size: int, fit: Fit = "squash") -> None:
+        self._source, self._size = source, size
         self._transform = EpisodeTransform("none", size, fit)
         self._kept: dict[tuple[str, int, SupportKind], bytes] = {}
         self._recent: OrderedDict[tuple[str, int, SupportKind], Tensor] = OrderedDict()
@@ -294,7 +290,6 @@ class MaskStore:
             return self._recent[key]
         if key not in self._kept:
             mask = annotation_of(self._source, image_id, class_id, kind)
-            mask = mirrored_image(mask) if self._mirrored else mask
             placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
             resized = self._transform.support(placeholder, mask, is_mask=kind == "mask")[1]
             self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)

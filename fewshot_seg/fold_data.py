@@ -39,7 +39,6 @@ class FoldData(FoldLists):
         backbone: as given.
         store, masks: features and masks at `resolution`.
         training_masks: those of `training_source`.
-        mirrored: the same two of the mirrored photos of `source`.
         resolution: side of the square.
     """
 
@@ -47,7 +46,6 @@ class FoldData(FoldLists):
     store: FeatureStore
     masks: MaskStore
     training_masks: MaskStore
-    mirrored: tuple[FeatureStore, MaskStore]
     resolution: int
 
     def photos(self, image_ids: Sequence[str], size: int) -> Tensor:
@@ -90,20 +88,13 @@ def open_fold(
     size, fit = resolution or lists.protocol.resolution, lists.protocol.fit
     directory = None if cache is None else cache / "features"
     masks = MaskStore(source, size=size, fit=fit)
-    stores = [
-        FeatureStore(
-            backbone, source, size=size, directory=directory, fit=fit, byte_budget=byte_budget, mirrored=mirrored
-        )
-        for mirrored in (False, True)
-    ]
     training_source = lists.training_source
     return FoldData(
         **vars(lists),
         backbone=backbone,
-        store=stores[0],
+        store=FeatureStore(backbone, source, size=size, directory=directory, fit=fit, byte_budget=byte_budget),
         masks=masks,
         training_masks=masks if training_source is source else MaskStore(training_source, size=size, fit=fit),
-        mirrored=(stores[1], MaskStore(source, size=size, fit=fit, mirrored=True)),
         resolution=size,
     )
 
@@ -171,46 +162,28 @@ def evaluation_episodes(
     count: int | None = None,
     seed: int | None = None,
     support: SupportKind = "mask",
-    mirror_supports: bool = False,
     show_progress: bool = False,
 ) -> FeatureEpisodes:
-    """Episodes of `evaluation_specs`, from stored features; see `stored_episodes`."""
+    """Episodes of `evaluation_specs`, from stored features."""
     specs = evaluation_specs(data, shots=shots, count=count, seed=seed)
-    return stored_episodes(data, specs, support=support, mirror_supports=mirror_supports, show_progress=show_progress)
+    return stored_episodes(data, specs, support=support, show_progress=show_progress)
 
 
 def stored_episodes(
-    data: FoldData,
-    specs: Sequence[EpisodeSpec],
-    *,
-    support: SupportKind = "mask",
-    mirror_supports: bool = False,
-    show_progress: bool = False,
+    data: FoldData, specs: Sequence[EpisodeSpec], *, support: SupportKind = "mask", show_progress: bool = False
 ) -> FeatureEpisodes:
-    """Episodes of given specs, from stored features, which are computed first where they are missing.
-
-    With `mirror_supports` every support is shown mirrored, too, as a further shot.
-    """
+    """Episodes of given specs, from stored features, which are computed first where they are missing."""
     _compute_features(data, specs, show_progress)
-    mirrored = data.mirrored if mirror_supports else None
-    if mirrored is not None:
-        _compute_missing(
-            mirrored[0], list(dict.fromkeys(one for spec in specs for one in spec.support_ids)), show_progress
-        )
-    return CachedEpisodes(data.store, data.masks, specs, supports=(support,), photos=data.photos, mirrored=mirrored)
+    return CachedEpisodes(data.store, data.masks, specs, supports=(support,), photos=data.photos)
 
 
 def _compute_features(data: FoldData, specs: Sequence[EpisodeSpec], show_progress: bool) -> None:
-    _compute_missing(data.store, images_of(specs), show_progress)
-
-
-def _compute_missing(store: FeatureStore, images: list[str], show_progress: bool) -> None:
     """Those that are missing; of several ranks that share a folder, each computes its part first."""
-    show = show_progress and current_ranks().first
-    if current_ranks().size > 1 and store.on_disk:
-        store.ensure(share_of(images, block=store.batch_size), show_progress=show)
+    images, show = images_of(specs), show_progress and current_ranks().first
+    if current_ranks().size > 1 and data.store.on_disk:
+        data.store.ensure(share_of(images, block=data.store.batch_size), show_progress=show)
         barrier()
-    store.ensure(images, show_progress=show)
+    data.store.ensure(images, show_progress=show)
 
 
 def images_of(specs: Sequence[EpisodeSpec]) -> list[str]:

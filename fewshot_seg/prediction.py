@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from episodes.augment import EpisodeTransform, mirrored_image
+from episodes.augment import EpisodeTransform
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, UInt8Array
 from fewshot_seg.attention import scale_map
@@ -87,8 +87,6 @@ class Predictor:
             and each is segmented like a photo. The logit is the mean of that of the whole photo and that of the tiles,
             blended where they overlap. So what a tile finds must not be denied by the whole photo, nor the reverse.
         flip: photos and tiles are also segmented mirrored, and the logits averaged. Twice the time.
-        mirror_supports: every support is shown mirrored, too, as a further shot: an object that looks to the left
-            finds one that looks to the right.
 
     Raises:
         DataError: a tile of less than one pixel.
@@ -102,13 +100,11 @@ class Predictor:
         *,
         tile: int | None = None,
         flip: bool = False,
-        mirror_supports: bool = False,
     ) -> None:
         if tile is not None and tile < 1:
             raise DataError(f"the side of a tile must be at least 1 pixel, got {tile}")
         self._segmenter = segmenter.eval()
         self._size, self._fit, self._tile, self._flip = resolution, fit, tile, flip
-        self._mirror_supports = mirror_supports
         self._squares = _Squares(resolution, fit)
         self._supports: dict[str, SupportEncoding] = {}
 
@@ -143,10 +139,6 @@ class Predictor:
                     f"mask of support {number} shows no object at {self._size} x {self._size} "
                     "pixels; mark the object with 1, choose a larger one, or raise --size"
                 )
-        if self._mirror_supports:
-            pairs = zip(map(mirrored_image, images), map(mirrored_image, masks), whole, strict=True)
-            squares += [self._support_square(*one) for one in pairs]
-            whole += whole
         device = self.device
         encoding = self._segmenter.encode_support(
             torch.stack([image for image, _ in squares])[None].to(device),
@@ -259,7 +251,7 @@ class Predictor:
 
     def squares(self, image: UInt8Array) -> Tensor:
         """A photo in all its V views, float32 (V, 3, S, S) on the CPU: as it is, and mirrored if wanted."""
-        views = [image, mirrored_image(image)] if self._flip else [image]
+        views = [image, np.ascontiguousarray(image[:, ::-1])] if self._flip else [image]
         return torch.stack([self.square(view) for view in views])
 
     def _photo_maps(self, squares: Tensor) -> PhotoMaps:

@@ -22,23 +22,9 @@ def method_for_photos(settings: ModelSettings) -> Method:
     return method if method.threshold_origin else take_usual_threshold(method, settings)
 
 
-def predictor_of(
-    method: Method,
-    *,
-    size: int | None = None,
-    tile: int | None = None,
-    flip: bool = False,
-    mirror_supports: bool = True,
-) -> Predictor:
+def predictor_of(method: Method, *, size: int | None = None, tile: int | None = None, flip: bool = False) -> Predictor:
     """A predictor that remembers nothing yet; arguments as in `Predictor`, `size` is the method's own by default."""
-    return Predictor(
-        method.segmenter,
-        size or method.resolution or USUAL_SIZE,
-        method.fit,
-        tile=tile,
-        flip=flip,
-        mirror_supports=mirror_supports,
-    )
+    return Predictor(method.segmenter, size or method.resolution or USUAL_SIZE, method.fit, tile=tile, flip=flip)
 
 
 def open_predictor(
@@ -49,7 +35,6 @@ def open_predictor(
     size: int | None = None,
     tile: int | None = None,
     flip: bool = False,
-    mirror_supports: bool = True,
 ) -> Predictor:
     """What `fewshot-seg predict` goes by, for use from Python.
 
@@ -58,7 +43,7 @@ def open_predictor(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threshold: logit above which a pixel is foreground, instead of the model's.
         size: side of the square that photos are fitted into, by default the model's.
-        tile, flip, mirror_supports: see `Predictor`.
+        tile, flip: see `Predictor`.
 
     Raises:
         DataError: missing, damaged or foreign model file, unknown device.
@@ -70,4 +55,4 @@ def open_predictor(
         mask = predictor.predict_file("photo.jpg").mask  # uint8 (H, W), 1 = cat
     """
     settings = ModelSettings(model=None if model is None else Path(model), device=device, threshold=threshold)
-    return predictor_of(method_for_photos(settings), size=size, tile=tile, flip=flip, mirror_supports=mirror_supports)
+    return predictor_of(method_for_photos(settings), size=size, tile=tile, flip=flip)

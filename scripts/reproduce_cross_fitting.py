@@ -29,7 +29,7 @@ from fewshot_seg.cross_fitting import priors_of_episodes, train_decoder
 from fewshot_seg.decoder import ContextDecoder, PriorReadout
 from fewshot_seg.encoded_photos import EncodedPhotos
 from fewshot_seg.episode_logits import shot_logits
-from fewshot_seg.evaluation import evaluate, evaluate_logits
+from fewshot_seg.evaluation import evaluate_logits
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, group_episodes
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.priors import PRIOR_CHANNELS
@@ -38,7 +38,6 @@ from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import EVIDENCE_MAPS, FewShotSegmenter
 
 OURS = "ours, cross-fitted"
-MIRRORED = "ours, cross-fitted, supports also shown mirrored"
 PLAIN = "ours without guided upsampling"
 MAPS = (*PRIOR_CHANNELS, *EVIDENCE_MAPS)
 WITHOUT: dict[str, tuple[str, ...]] = {
@@ -145,7 +144,6 @@ def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]
     folder = arguments.runs / PASCAL_NAMES[fold]
     known = [of_card(score) for score in read_json(folder / "scores-all.json", what="scores of train_weights.py")]
     records = [record for records in known for record in records]
-    records += mirror_fold(fold, folder, arguments)
     return records if arguments.no_ablations else records + ablate_fold(fold, folder, arguments)
 
 
@@ -159,39 +157,10 @@ def of_card(score: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def mirror_fold(fold: int, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of the model as it is, every support shown mirrored, too, as a further shot."""
-    data, segmenter = open_fold_model(fold, folder, arguments)
-    found = []
-    for shots in arguments.mirrored_shots:
-        kept = arguments.out / f"fold{fold}-mirrored-{shots}shot.json"
-        if not kept.exists():
-            drawn = evaluation_episodes(
-                data, shots=shots, count=20 if arguments.quick else None, mirror_supports=True, show_progress=True
-            )
-            size = data.protocol.scoring_size
-            one = evaluate(segmenter.eval(), drawn, scoring_size=size, source=data.source, show_progress=True)
-            write_json(kept, records_of(MIRRORED, shots, one, data))
-            print(f"fold {fold}, {shots}-shot with mirrored supports: mIoU {one.result.miou:.1f}", flush=True)
-        found += read_json(kept, what="finished cell")
-    return found_on(found, fold, data)
-
-
-def open_fold_model(fold: int, folder: Path, arguments: argparse.Namespace) -> tuple[FoldData, FewShotSegmenter]:
-    """The fold's data and the model that was trained on it."""
-    data = pascal_data(arguments.root, fold, open_backbone("cpu"), arguments.cache)
-    return data, load_segmenter(folder / MODEL_NAME).segmenter
-
-
-def found_on(records: Sequence[dict[str, Any]], fold: int, data: FoldData) -> list[dict[str, Any]]:
-    """Records with what they have in common."""
-    common = {"fold": fold, "data": benchmark_name(data), "support": "mask"}
-    return [record | common for record in records]
-
-
 def ablate_fold(fold: int, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of what the model does without one part or another."""
-    data, segmenter = open_fold_model(fold, folder, arguments)
+    data = pascal_data(arguments.root, fold, open_backbone("cpu"), arguments.cache)
+    segmenter = load_segmenter(folder / MODEL_NAME).segmenter
     groups = [load_file(path) for path in sorted(folder.glob("group*/priors.safetensors"))]
     stored = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
     steps, counts = TRAINING["decoder_steps"], TRAINING["decoder_episodes"]
@@ -205,7 +174,9 @@ def ablate_fold(fold: int, folder: Path, arguments: argparse.Namespace) -> list[
         found = [scores(segmenter, decoders, cuts, data, shots, arguments.quick) for shots in arguments.shots]
         write_json(kept, [record for records in found for record in records])
         print(f"fold {fold} done", flush=True)
-    return found_on(read_json(kept, what="finished cell"), fold, data)
+    records = read_json(kept, what="finished cell")
+    common = {"fold": fold, "data": benchmark_name(data), "support": "mask"}
+    return [record | common for record in records]
 
 
 def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -217,7 +188,6 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(4)))
     parser.add_argument("--shots", type=int, nargs="+", default=[1], help="of the ablations")
-    parser.add_argument("--mirrored-shots", type=int, nargs="*", default=[1], help="of the scores of mirrored supports")
     parser.add_argument("--no-ablations", action="store_true", help="only the scores that train_weights.py took")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--quick", action="store_true", help="a few steps and episodes; records nothing")

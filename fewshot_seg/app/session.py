@@ -48,7 +48,7 @@ class Engine:
 
     def predictor(self) -> Predictor:
         """One that remembers nothing yet."""
-        return Predictor(self.segmenter, self.resolution, self.fit, mirror_supports=True)
+        return Predictor(self.segmenter, self.resolution, self.fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -219,10 +219,6 @@ class EvaluateConfig(EpisodeSettings):
         None,
         minimum=2,
     )
-    mirror_supports: bool = setting(
-        "show every support mirrored, too, as a further shot (`predict` does): better masks, twice the support cells",
-        False,
-    )
     scoring: Literal["protocol", "original"] = setting("score at the protocol's or the label's own size", "protocol")
     batch_size: int = setting("episodes at a time", 10, minimum=1)
     report_episodes: int = setting(
@@ -365,7 +361,6 @@ class PredictConfig(ModelSettings):
         None,
         minimum=64,
     )
-    mirror_supports: bool = setting("show every support mirrored, too, as a further shot: better masks", True)
     flip: bool = setting("segment the mirrored photo, too, and take the mean: twice the time", False)
 
     def __post_init__(self) -> None:

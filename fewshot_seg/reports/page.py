@@ -268,8 +268,6 @@ def _undrawn(run: ReportedRun, shown: int) -> str:
     kept = "" if shown == len(run.drawn) else f"; {len(run.drawn) - shown} more are in the run folder"
     rule = run.results.get("shot_rule", "pooled")
     pooled = "" if run.results["shots"] == 1 or rule == "pooled" else f" Scored by {rule!r}, drawn as pooled shots."
-    if run.results.get("mirror_supports"):
-        pooled += " Scored with every support shown mirrored, too; drawn without."
     return f"Drawn: {drawn}, the best, the middle, the worst, and the worst of every class{kept}.{pooled}"
 
 

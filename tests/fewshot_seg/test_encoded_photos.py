@@ -47,12 +47,11 @@ def episodes_of(
     shots: int = 2,
     supports: Sequence[SupportKind] = ("mask",),
     mirror: bool = False,
-    mirrored: tuple[FeatureStore, MaskStore] | None = None,
 ) -> CachedEpisodes:
     specs = EpisodeSampler(
         index.pairs((1, 2, 3)), shots=shots, seed=3, length=10, order="random", repeat_supports=False
     )
-    return CachedEpisodes(store, masks, specs, supports=supports, mirror=mirror, mirrored=mirrored)
+    return CachedEpisodes(store, masks, specs, supports=supports, mirror=mirror)
 
 
 Episodes = tuple[ClassIndex, FeatureStore, MaskStore]
@@ -94,31 +93,6 @@ def test_equals_encoding_every_episode_anew(
     found = logits(segmenter, batches, EncodedPhotos(segmenter), rule)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.01
-
-
-@pytest.mark.parametrize("rule", ["pooled", "vote"])
-@pytest.mark.parametrize("supports", [("mask",), KINDS])
-def test_mirrored_supports_equal_encoding_every_episode_anew(
-    tiny_backbone: Backbone,
-    tiny_source: SyntheticSource,
-    parts: Episodes,
-    supports: tuple[SupportKind, ...],
-    rule: ShotRule,
-) -> None:
-    also = (
-        FeatureStore(tiny_backbone, tiny_source, size=SIZE, directory=None, mirrored=True),
-        MaskStore(tiny_source, size=SIZE, mirrored=True),
-    )
-    segmenter = shaken(
-        build_segmenter(tiny_backbone, decoder_width=8, decoder_blocks=1, base_classes=3, completion=True)
-    )
-    batches = list(episodes_of(*parts, supports=supports, mirrored=also).batches(4))
-    expected = logits(segmenter, batches, None, rule)
-    assert expected.shape[1] == (1 if rule == "pooled" else 4)
-    found = logits(segmenter, batches, EncodedPhotos(segmenter), rule)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    without = logits(segmenter, list(episodes_of(*parts, supports=supports).batches(4)), None, "pooled")
-    assert (logits(segmenter, batches, None) - without).abs().max() > 0.01
 
 
 def priors(
@@ -190,7 +164,7 @@ class TestWithBaseLearner:
             encoded.queries(batch)
             before = encoded._bytes
             support = encoded.supports(batch)
-            photo = encoded._photo(batch.stored, (batch.specs[0].support_ids[0], False))  # type: ignore[arg-type]
+            photo = encoded._photo(batch.stored, batch.specs[0].support_ids[0])  # type: ignore[arg-type]
             bytes_of.append(encoded._bytes - before - photo.nbytes)
         assert bytes_of[1] >= 2 * support.cells.nbytes > 0  # condensed cells are a copy of both kinds
         assert bytes_of[0] < 2 * support.cells.nbytes

@@ -50,36 +50,6 @@ def marked(tiny_store: FeatureStore, tiny_masks: MaskStore, specs: EpisodeSample
     return CachedEpisodes(tiny_store, tiny_masks, specs, mirror=True, supports=SUPPORT_KINDS)
 
 
-def test_mirrored_supports_follow_the_others(
-    tiny_backbone: Backbone, tiny_source: SyntheticSource, plain: CachedEpisodes, specs: EpisodeSampler
-) -> None:
-    also = (
-        FeatureStore(tiny_backbone, tiny_source, size=64, directory=None, mirrored=True),
-        MaskStore(tiny_source, size=64, mirrored=True),
-    )
-    shown = CachedEpisodes(
-        FeatureStore(tiny_backbone, tiny_source, size=64, directory=None),
-        MaskStore(tiny_source, size=64),
-        specs,
-        mirrored=also,
-    )
-    for before, batch in zip(plain.batches(3), shown.batches(3), strict=True):
-        count = len(batch.specs)
-        assert batch.support_masks.shape == (count, 2 * SHOTS, 64, 64)
-        assert torch.equal(batch.support_masks[:, :SHOTS], before.support_masks)
-        assert torch.equal(batch.support_masks[:, SHOTS:], before.support_masks.flip(3))
-        assert torch.equal(batch.support_truth[:, SHOTS:], before.support_truth.flip(3))
-        level, one = batch.support_levels[0], before.support_levels[0]
-        level = level.reshape(count, 2 * SHOTS, *level.shape[1:])
-        assert torch.equal(level[:, :SHOTS], one.reshape(count, SHOTS, *one.shape[1:]))
-        for row, spec in enumerate(batch.specs):
-            assert torch.equal(level[row, SHOTS:], also[0].get(spec.support_ids)[0])
-        assert torch.equal(batch.query_levels[0], before.query_levels[0])
-        assert batch.support_dense.shape == (count, 2 * SHOTS)
-    with pytest.raises(DataError, match="choose one of both"):
-        CachedEpisodes(also[0], also[1], specs, mirror=True, mirrored=also)
-
-
 def tensors(batch: FeatureBatch) -> tuple[Tensor, ...]:
     """All tensors with episodes in front."""
     count = len(batch.specs)

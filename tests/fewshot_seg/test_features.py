@@ -235,29 +235,6 @@ class TestFiles:
             assert_same(FeatureStore(again, source, size=SIZE, directory=directory, fit=fit).get(ids), levels)
         assert again.images == 0
 
-    @pytest.mark.parametrize("fit", ["squash", "pad"])
-    def test_mirrored_photos_and_masks(
-        self, backbone: CountingBackbone, directory: Path, tiny_voc: Path, fit: Fit
-    ) -> None:
-        source = VocSource(tiny_voc)
-        ids = source.ids("val")[:2]
-        class_ids = [next(iter(source.class_areas(image_id))) for image_id in ids]
-        plain = FeatureStore(backbone, source, size=SIZE, directory=directory, fit=fit).get(ids)
-        mirrored = FeatureStore(backbone, source, size=SIZE, directory=directory, fit=fit, mirrored=True).get(ids)
-        assert not torch.equal(plain[0], mirrored[0])
-        transform, masks = EpisodeTransform("none", SIZE, fit), MaskStore(source, size=SIZE, fit=fit, mirrored=True)
-        for number, (image_id, class_id) in enumerate(zip(ids, class_ids, strict=True)):
-            image, mask = source.image(image_id)[:, ::-1].copy(), source.mask(image_id, class_id)[:, ::-1].copy()
-            photo, square = transform.support(image, mask, is_mask=True)
-            levels = CountingBackbone()(photo[None])
-            assert_same(tuple(level[number : number + 1] for level in mirrored), tuple(x.half() for x in levels))
-            assert torch.equal(masks.get([image_id], [class_id])[0], square)
-        assert len(stored_files(directory)) == 4
-        budget = 3 * TENSOR_BYTES  # mirrored ones count, too
-        store = FeatureStore(backbone, source, size=SIZE, directory=directory, fit=fit, byte_budget=budget)
-        store.get(source.ids("val")[2:3])
-        assert len(stored_files(directory)) <= 3
-
     def test_padded_ones_count_in_the_budget_too(self, backbone: CountingBackbone, directory: Path) -> None:
         FeatureStore(backbone, SOURCE, size=SIZE, directory=directory, fit="pad").get(IDS[:2])
         budget = 7 * TENSOR_BYTES // 2

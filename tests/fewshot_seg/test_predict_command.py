@@ -107,7 +107,7 @@ def test_everything_at_once(pictures: Path, tmp_path: Path, capsys: pytest.Captu
 def open_tiny(folder: Path, **options: Any) -> Predictor:
     """A training-free predictor as of the flags above, by its parts."""
     backbone = build_backbone("mobilenetv3_small_050", weights="random")
-    predictor = Predictor(training_free(backbone, threshold=0.1), 64, mirror_supports=True, **options)
+    predictor = Predictor(training_free(backbone, threshold=0.1), 64, **options)
     predictor.remember_files(*supports(folder))
     return predictor
 
@@ -188,7 +188,7 @@ class TestOpenPredictor:
         predictor.remember_files(*supports(pictures))
         mask = predictor.predict_file(pictures / "queries" / "one.png").mask
 
-        expected = Predictor(segmenter, 64, mirror_supports=True)
+        expected = Predictor(segmenter, 64)
         expected.remember_files(*supports(pictures))
         assert np.array_equal(mask, expected.predict_file(pictures / "queries" / "one.png").mask)
         for size, threshold in ((96, None), (None, -3.0)):

@@ -62,19 +62,6 @@ class TestPredictor:
         assert np.array_equal(result.attention, expected.attention[0].numpy())
         assert result.mask.dtype == np.uint8
 
-    @pytest.mark.parametrize("kind", ["mask", "box"])
-    def test_mirrored_supports_are_further_shots(self, tiny_backbone: Backbone, kind: str) -> None:
-        segmenter = build_segmenter(tiny_backbone, decoder_width=8, decoder_blocks=1, completion=True)
-        marked = [(image, mask if kind == "mask" else box_of(mask)) for image, mask in (photo(0), photo(1))]
-        (image, marks), (other, other_marks) = marked
-        by_hand, ready = Predictor(segmenter, SIZE), Predictor(segmenter, SIZE, mirror_supports=True)
-        shown = [image, other, image[:, ::-1].copy(), other[:, ::-1].copy()]
-        marked_too = [marks, other_marks, marks[:, ::-1].copy(), other_marks[:, ::-1].copy()]
-        by_hand.remember(shown, marked_too, [kind == "mask"] * 4)
-        ready.remember([image, other], [marks, other_marks], [kind == "mask"] * 2)
-        query = photo(2)[0]
-        assert np.array_equal(ready.predict(query).confidence, by_hand.predict(query).confidence)
-
     def test_mask_is_where_confidence_exceeds_a_half(self, predictor: Predictor) -> None:
         result = predictor.predict(photo(3)[0])
         clear = np.abs(result.confidence - 0.5) > 1e-6

@@ -415,7 +415,7 @@ class TestModelOfAProtocol:
         def predicted(fit: Fit, threshold: float) -> PhotoPrediction:
             segmenter = load_segmenter(model).segmenter
             segmenter.threshold = threshold
-            predictor = Predictor(segmenter, 64, fit, mirror_supports=True)
+            predictor = Predictor(segmenter, 64, fit)
             predictor.remember([read_photo(shown)], [np.asarray(mask)])
             return predictor.predict(read_photo(query))
 

@@ -65,7 +65,7 @@ class TestFinding:
         self, session: Session, tiny_backbone: Backbone, threshold: float
     ) -> None:
         session.find({1: OUTLINE}, "red thing")
-        other = Predictor(training_free(tiny_backbone, threshold=threshold), SIZE, mirror_supports=True)
+        other = Predictor(training_free(tiny_backbone, threshold=threshold), SIZE)
         marks = np.zeros((50, 80), np.uint8)
         marks[10:40, 20:60] = 1
         other.remember([picture(0)], [marks])

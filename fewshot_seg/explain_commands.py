@@ -20,6 +20,7 @@ from fewshot_seg.predictors import USUAL_SIZE, method_for_photos
 from fewshot_seg.report import Figure, Section, text_table, write_page
 from fewshot_seg.runs import RUN_NAME, benchmark_name, episodes_title, run_record
 from fewshot_seg.runtime import environment, write_json
+from fewshot_seg.shipped import file_digest
 from fewshot_seg.support_photos import read_supports
 
 
@@ -112,6 +113,9 @@ def _score_explainers(config: ExplainConfig, rule: ScoringRule, method: Method, 
         "method": method.name,
         "threshold": method.segmenter.threshold,
         "backbone": method.segmenter.backbone.fingerprint,
+        "precision": str(method.segmenter.backbone.precision),
+        # a path says nothing: something else may have been trained into it since
+        "weights": [file_digest(one) for one in (method.model, config.similarity) if one is not None],
         "data": benchmark_name(data),
         "first_episode": fingerprint_episodes(specs[:1]),  # a later run may ask for more of them
     }

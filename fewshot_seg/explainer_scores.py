@@ -23,6 +23,7 @@ from fewshot_seg.explainers import EXPLAINERS, Comparison, Explanation, run_expl
 from fewshot_seg.explainers.episode import compare_photos, episode_photos, randomised
 from fewshot_seg.faithfulness import energy_inside, perturbation_order
 from fewshot_seg.metrics import intersection_union
+from fewshot_seg.runtime import atomic_path
 from fewshot_seg.segmenter import FewShotSegmenter
 
 Side = Literal["query", "support"]
@@ -183,7 +184,7 @@ def score_explainers(
         show_progress: bar on stderr.
 
     Raises:
-        DataError: a file of another run.
+        DataError: a file of another run, or one that is damaged or cannot be written.
     """
     shared = {
         **identity,
@@ -225,14 +226,24 @@ def score_explainers(
 
 
 def _read_done(path: Path, shared: Mapping[str, Any]) -> dict[int, Record]:
-    """Finished episodes by number; a new file begins with what its run is."""
+    """Finished episodes by number; a new file begins with what its run is, and a line that was cut off is dropped."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read finished episodes {path}: {error}; delete it, or choose another --out") from error
+    written = text.splitlines(keepends=True)
+    whole = [line for line in written if line.endswith("\n")]  # the last one may have been cut off
     lines: list[Any] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):  # the last one may have been cut off
-                lines.append(json.loads(line))
+    for number, line in enumerate(whole, 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"line {number} of {path} is damaged ({error}); delete this line, or choose another --out"
+            ) from error
     if lines and lines[0] != json.loads(json.dumps(shared)):
         raise DataError(f"{path} holds episodes of another run; delete it, or choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in (lines or [shared])), encoding="utf-8")
+    if not lines or len(whole) < len(written):
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in (lines or [shared])), encoding="utf-8")
     return {line["number"]: line for line in lines[1:]}

@@ -1,7 +1,8 @@
 """The method that a command scores, shows or applies: a trained model, or one prior map with nothing trained.
 
 A model is a file, or a shipped one by its name. Verbs for people's own photos take the shipped model ``general`` where
-nothing else is asked for; verbs that score or explain do not, because it has seen the classes of every fold.
+nothing else is asked for; verbs that work on a data set's episodes do not, because it has seen the classes of every
+fold.
 """
 
 from __future__ import annotations

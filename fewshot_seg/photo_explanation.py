@@ -64,6 +64,8 @@ def explain_files(
         DataError: supports whose object is lost at this size.
     """
     square, written, failures = EpisodeTransform("none", resolution, fit), list[ExplainedFile](), list[str]()
+    for class_name, shown in supports.items():
+        _check_objects(class_name, shown, square, resolution)
     compared: dict[str, Comparison] = {}
     named = list(zip(queries, output_names(queries), strict=True))
     for query, name in tqdm(named, desc="explaining", unit="photo", disable=not show_progress):
@@ -98,3 +100,13 @@ def _shown(supports: Sequence[Support], query: UInt8Array) -> ShownPhotos:
         dense=tuple(one.kind == "mask" for one in supports),
         query=query,
     )
+
+
+def _check_objects(class_name: str, shown: Sequence[Support], square: EpisodeTransform, resolution: int) -> None:
+    """As `Predictor.remember`: an object that is lost at this size is refused, not mended."""
+    for number, one in enumerate(shown, 1):
+        if one.kind == "mask" and not bool((square(one.photo, one.marks, seed=0)[1] == 1).any()):
+            raise DataError(
+                f"mask of support {number} of {class_name} shows no object at {resolution} x {resolution} pixels; mark "
+                "the object with 1, choose a larger one, or raise --resolution"
+            )

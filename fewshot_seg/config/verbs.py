@@ -49,7 +49,8 @@ class ModelSettings(SpeedSettings):
 
     model: Path | None = setting(
         "model.safetensors of a training, or a shipped model by name (`fewshot-seg weights list`); 'none', or without "
-        "it: nothing trained is used, but `predict` and `export` take the shipped model 'general' by themselves",
+        "it: nothing trained is used, but what works on your own photos (`predict`, `app`, `export`, "
+        "`explain --query`) takes the shipped model 'general' by itself",
         None,
     )
     similarity: Path | None = setting(

@@ -152,6 +152,19 @@ class TestRuns:
         with pytest.raises(DataError, match="holds episodes of another run"):
             self.run(segmenter, tiny_source, path)
 
+    def test_a_damaged_file_is_refused_by_its_line(
+        self, segmenter: FewShotSegmenter, tiny_source: SyntheticSource, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "episodes.jsonl"
+        self.run(segmenter, tiny_source, path, count=2)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
+        with pytest.raises(DataError, match=r"line 2 of .*episodes.jsonl is damaged .*; delete this line"):
+            self.run(segmenter, tiny_source, path)
+        assert path.read_text() == lines[0] + lines[1][:30] + "\n" + lines[2]
+        with pytest.raises(DataError, match="cannot read finished episodes"):
+            self.run(segmenter, tiny_source, tmp_path)
+
     def test_unknown_explainer(self) -> None:
         with pytest.raises(DataError, match="--explainers: expected names out of attention, "):
             ScoringRule(explainers=("magic",))

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from episodes.sources import SyntheticSource
+from episodes.types import DataError
 from fewshot_seg.backbones import Backbone
+from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.cli import main
 from fewshot_seg.photo_explanation import explain_files
 from fewshot_seg.prediction import Predictor
-from fewshot_seg.segmenter import training_free
+from fewshot_seg.segmenter import build_segmenter, training_free
 from fewshot_seg.support_photos import read_supports
 
 BARE = ["--model", "none", "--backbone", "mobilenetv3_small_050", "--backbone-weights", "random", "--device", "cpu"]
@@ -48,6 +50,19 @@ class TestExplainFiles:
                 assert np.array_equal(stored["mask"], expected)
                 assert "target" not in stored
             assert one.share == pytest.approx(float(expected.mean()))
+
+    def test_object_too_small_for_the_square(self, tiny_backbone: Backbone, folder: Path) -> None:
+        Image.new("RGB", (900, 900)).save(folder / "large.png")
+        mask = Image.new("L", (900, 900))
+        mask.putpixel((1, 1), 255)
+        mask.save(folder / "small.png")
+        supports = read_supports([f"star={folder}/large.png:{folder}/small.png"])
+        query = folder / "queries" / "one.png"
+        with pytest.raises(
+            DataError, match=r"mask of support 1 of star shows no object at 64 x 64 pixels.*--resolution"
+        ):
+            explain_files(training_free(tiny_backbone).eval(), supports, [query], folder / "why", resolution=64)
+        assert not (folder / "why").exists()
 
 
 class TestCommand:
@@ -91,3 +106,16 @@ class TestCommand:
         assert (tmp_path / "scores" / "run.json").exists()
         assert main(arguments) == 0  # from the finished episodes
         assert capsys.readouterr().out == first
+
+    def test_scores_of_a_model_that_was_trained_anew_are_not_taken_for_its_own(
+        self, tiny_backbone: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = tmp_path / "model.safetensors"
+        arguments = ["explain", "--data", "synthetic", "--model", str(model), "--device", "cpu", "--score"]
+        arguments += ["--score-episodes", "1", "--explainers", "attention", "--score-steps", "2"]
+        arguments += ["--out", str(tmp_path / "scores"), "--cache", str(tmp_path / "cache")]
+        for rank, expected in ((2, 0), (3, 2)):
+            segmenter = build_segmenter(tiny_backbone, similarity_rank=rank, decoder_width=8, decoder_blocks=1)
+            save_segmenter(model, segmenter, backbone_weights="random", resolution=64)
+            assert main(arguments) == expected
+        assert "holds episodes of another run" in capsys.readouterr().err

@@ -86,4 +86,4 @@ def test_what_is_recorded_is_whole(
     arguments = [*small, *missing] if missing else small[:where] + small[where + 2 :]
     with pytest.raises(SystemExit):
         script.main([*arguments, "--record"])
-    assert "--record needs --ours and all four --folds" in capsys.readouterr().err
+    assert "--record needs --ours, and all four --folds" in capsys.readouterr().err

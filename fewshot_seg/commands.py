@@ -29,7 +29,7 @@ from fewshot_seg.photos import WORKING_PIXELS, find_queries
 from fewshot_seg.predicted_files import COCO_NAME, FolderPrediction, predict_folder
 from fewshot_seg.predictors import USUAL_SIZE, method_for_photos, predictor_of
 from fewshot_seg.report import Table, text_table
-from fewshot_seg.reports import REPORT_NAME, chosen_episodes, draw_gallery, read_run, write_report
+from fewshot_seg.reports import REPORT_NAME, check_gallery, chosen_episodes, draw_gallery, read_run, write_report
 from fewshot_seg.runs import (
     EVALUATION_NAME,
     MODEL_NAME,
@@ -77,6 +77,8 @@ def evaluate_method(config: EvaluateConfig) -> int:
     file, listed = config.episodes, None if config.episodes is None else read_episodes(config.episodes)
     if listed is not None:
         config = of_episodes(config, listed)
+    if config.report_episodes and config.ways == 1:
+        check_gallery(config.out)
     method, data = open_on_data(config, show_progress=first)
     if listed is None:
         specs = evaluation_specs(data, shots=config.shots, count=config.count, seed=config.seed, ways=config.ways)

@@ -20,7 +20,7 @@ from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episod
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.report import Table
-from fewshot_seg.reports import REPORT_NAME, chosen_episodes, draw_gallery, read_run, write_report
+from fewshot_seg.reports import REPORT_NAME, check_gallery, chosen_episodes, draw_gallery, read_run, write_report
 from fewshot_seg.runs import benchmark_name, run_record, score_record, train_configured, write_evaluation
 from fewshot_seg.runtime import pick_device
 from fewshot_seg.segmenter import training_free
@@ -53,6 +53,8 @@ class _Scored:
 
 def run_demo(config: DemoConfig, *, show_progress: bool = False) -> DemoResult:
     """Train on the synthetic base classes, score on the novel ones, write runs and their report to `config.out`."""
+    if config.report_episodes:
+        check_gallery(config.out)
     source = SyntheticSource(
         seed=config.seed, images_per_class=12, size=config.resolution
     )  # enough, in a minute or two

@@ -33,6 +33,8 @@ class Finding:
         both: marked rightly.
         best_iou: IoU in percent at the threshold that suits this query best; None where the method gives no ranking.
         on_others: class id -> pixels marked wrongly that carry the label of this other class.
+        on_any_other: pixels marked wrongly that carry the label of some other class, each once: labels may overlap.
+            None in runs of earlier versions.
     """
 
     scored: int
@@ -41,6 +43,7 @@ class Finding:
     both: int
     best_iou: float | None
     on_others: Mapping[int, int]
+    on_any_other: int | None = None
 
     @property
     def union(self) -> int:
@@ -63,14 +66,16 @@ def find(margins: Tensor, target: Tensor, others: Mapping[int, UInt8Array], *, r
     Example:
         >>> target = torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8)
         >>> cow = np.array([[0, 0, 0, 1]], np.uint8)
-        >>> find(torch.tensor([[3.0, -1.0, -2.0, 1.0]]), target, {7: cow})
-        Finding(scored=4, target=2, found=2, both=1, best_iou=66.66666666666667, on_others={7: 1})
+        >>> find(torch.tensor([[3.0, -1.0, -2.0, 1.0]]), target, {7: cow}, ranked=False)
+        Finding(scored=4, target=2, found=2, both=1, best_iou=None, on_others={7: 1}, on_any_other=1)
     """
     both, union = intersection_union(margins[None] > 0, target[None])[0, 1].tolist()
     actual, valid = (target == 1).numpy(), (target != IGNORE).numpy()
     found = (margins > 0).numpy() & valid
     wrong = found & ~actual
-    claimed = {class_id: int(np.count_nonzero(wrong & (mask == 1))) for class_id, mask in others.items()}
+    claims = {class_id: wrong & (mask == 1) for class_id, mask in others.items()}
+    claimed = {class_id: int(np.count_nonzero(pixels)) for class_id, pixels in claims.items()}
+    anywhere = np.logical_or.reduce(list(claims.values())) if claims else np.zeros_like(wrong)
     best = None
     if ranked:
         best = max(best_cut(margins, target), 100 * both / union if union else 100.0)
@@ -81,15 +86,18 @@ def find(margins: Tensor, target: Tensor, others: Mapping[int, UInt8Array], *, r
         both=both,
         best_iou=best,
         on_others={class_id: pixels for class_id, pixels in sorted(claimed.items()) if pixels},
+        on_any_other=int(np.count_nonzero(anywhere)),
     )
 
 
 def best_cut(margins: Tensor, target: Tensor) -> float:
     """IoU in percent at the best of all thresholds, on a regular grid of at most 255 x 255 pixels.
 
-    100 where the grid meets no object: then the threshold above everything is perfect.
+    All pixels count where the grid misses a small object. 100 without an object: no mark is then perfect.
     """
     step = max(1, max(margins.shape) // _GRID)
+    if not bool((target[::step, ::step] == 1).any()):
+        step = 1
     values, labels = margins[::step, ::step].flatten(), target[::step, ::step].flatten()
     values, labels = values[labels != IGNORE], labels[labels != IGNORE]
     size = int((labels == 1).sum())

@@ -201,12 +201,10 @@ class EpisodeIoU:
         keys = (*way_counts.reshape(episodes, -1).T, *counts.reshape(episodes, -1).T, *class_ids.T)
         canonical = np.lexsort(keys)
         counts, way_counts, class_ids = counts[canonical], way_counts[canonical], class_ids[canonical]
-        classes = np.unique(class_ids)
-        membership = (class_ids[..., None] == classes).astype(np.float64)  # (N, ways, classes)
-        once = np.ones((1, episodes))
-        miou, fb_iou, per_class = _pooled_scores(counts, way_counts, membership, once)
-        draws = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), size=resamples)
-        miou_draws, fb_draws, _ = _pooled_scores(counts, way_counts, membership, draws.astype(np.float64))
+        once, draws = np.ones((1, episodes)), bootstrap_weights(episodes, resamples=resamples, seed=seed)
+        miou, per_class = pooled_miou(way_counts, class_ids, once)
+        miou_draws, _ = pooled_miou(way_counts, class_ids, draws)
+        fb_iou, fb_draws = _pooled_fb_iou(counts, once), _pooled_fb_iou(counts, draws)
         miou_low, miou_high = np.percentile(miou_draws, (2.5, 97.5))
         fb_low, fb_high = np.percentile(fb_draws, (2.5, 97.5))
         return IoUResult(
@@ -216,7 +214,7 @@ class EpisodeIoU:
             fb_iou=float(fb_iou[0]),
             fb_iou_low=float(fb_low),
             fb_iou_high=float(fb_high),
-            per_class={int(c): float(v) for c, v in zip(classes, per_class[0], strict=True)},
+            per_class={int(c): float(v) for c, v in zip(np.unique(class_ids), per_class[0], strict=True)},
             episodes=episodes,
         )
 
@@ -265,17 +263,40 @@ def _ratio(intersection: Float64Array, union: Float64Array) -> Float64Array:
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)  # an empty union is a perfect answer
 
 
-def _pooled_scores(
-    counts: Float64Array, way_counts: Float64Array, membership: Float64Array, repeats: Float64Array
-) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """mIoU (R,), FB-IoU (R,), per-class IoU (R, classes) of R weightings of the episodes; NaN-free means.
+def bootstrap_weights(episodes: int, *, resamples: int, seed: int) -> Float64Array:
+    """How often each resample draws each episode: float64 (resamples, episodes), rows sum to the number of episodes."""
+    draws = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), size=resamples)
+    return draws.astype(np.float64)
 
-    counts (N, 2, 2), way_counts (N, ways, 2), membership (N, ways, classes), repeats (R, N). A class that a resample
-    happens to miss is left out of that resample's mean.
+
+def pooled_miou(
+    way_counts: Float64Array, class_ids: Int64Array, weights: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """mIoU of R weightings of N episodes, in percent: sums per class, their quotient, the mean over classes.
+
+    Args:
+        way_counts: float64 (N, ways, 2), intersection and union of every way.
+        class_ids: int64 (N, ways).
+        weights: float64 (R, N), how often an episode counts.
+
+    Returns:
+        mIoU (R,), and IoU per class (R, classes), classes ascending. A class that a weighting happens to miss is left
+        out of its mean.
+
+    Example:
+        >>> counts = np.array([[[1.0, 2.0]], [[3.0, 3.0]]])
+        >>> pooled_miou(counts, np.array([[7], [8]]), np.array([[1.0, 1.0], [0.0, 2.0]]))[0]
+        array([ 75., 100.])
     """
-    intersection, union = (repeats @ np.einsum("nw,nwc->nc", way_counts[..., side], membership) for side in (0, 1))
-    present = repeats @ membership.sum(1) > 0
+    membership = (class_ids[..., None] == np.unique(class_ids)).astype(np.float64)  # (N, ways, classes)
+    intersection, union = (weights @ np.einsum("nw,nwc->nc", way_counts[..., side], membership) for side in (0, 1))
+    present = weights @ membership.sum(1) > 0
     per_class = _ratio(intersection, union)
-    miou = (per_class * present).sum(1) / present.sum(1)
-    pooled = np.einsum("rn,nij->rij", repeats, counts)
-    return 100 * miou, 100 * _ratio(pooled[..., 0], pooled[..., 1]).mean(1), 100 * per_class
+    return 100 * (per_class * present).sum(1) / present.sum(1), 100 * per_class
+
+
+def _pooled_fb_iou(counts: Float64Array, weights: Float64Array) -> Float64Array:
+    """FB-IoU (R,) in percent of counts (N, 2, 2) and weights (R, N)."""
+    pooled = np.einsum("rn,nij->rij", weights, counts)
+    score: Float64Array = 100 * _ratio(pooled[..., 0], pooled[..., 1]).mean(1)
+    return score

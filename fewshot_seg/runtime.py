@@ -79,8 +79,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block succeeds, removed when it fails.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or `path` is itself a folder.
     """
+    if path.is_dir():
+        raise DataError(f"cannot write {path}: it is a folder; give the path of a file, in that folder or elsewhere")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from episodes.types import EpisodeSpec
+from fewshot_seg.reports import chosen_episodes
 from fewshot_seg.runtime import write_json
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -145,6 +147,7 @@ def write_run(
                     "both": both,
                     "best_iou": min(100.0, iou + (30 if kind == 0 else 1)),
                     "on_others": {"3": wrong // 2} if kind == 1 else {},
+                    "on_any_other": wrong // 2 if kind == 1 else 0,
                 },
             }
         )
@@ -169,14 +172,19 @@ def write_run(
         "results": results,
     }
     write_json(folder / "run.json", record)
-    _draw(folder, drawn, results["episodes_fingerprint"], picture_side)
+    specs = [
+        EpisodeSpec(class_id=one["class_id"], support_ids=tuple(one["support_ids"]), query_id=one["query_id"], seed=0)
+        for one in stored
+    ]
+    numbers = chosen_episodes(specs, [one["iou"] for one in stored], drawn)
+    _draw(folder, numbers, results["episodes_fingerprint"], picture_side)
     return folder
 
 
-def _draw(folder: Path, drawn: int, fingerprint: str, side: int) -> None:
+def _draw(folder: Path, numbers: Sequence[int], fingerprint: str, side: int) -> None:
     labels = ("support", "query", "attention", "prior: soft margin", "mask found", "truth", "errors")
     random, listed = np.random.default_rng(1), []
-    for number in range(drawn):
+    for number in numbers:
         panels = []
         for place, label in enumerate(labels):
             name = f"episode-{number:05d}-{place}.webp"
@@ -185,7 +193,7 @@ def _draw(folder: Path, drawn: int, fingerprint: str, side: int) -> None:
             Image.fromarray(picture).save(folder / "gallery" / name, quality=80)
             panels.append({"file": name, "label": label})
         listed.append({"number": number, "panels": panels})
-    if drawn:
+    if numbers:
         write_json(folder / "gallery" / "gallery.json", {"episodes_fingerprint": fingerprint, "episodes": listed})
 
 

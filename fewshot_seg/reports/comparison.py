@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fewshot_seg.metrics import Float64Array
-from fewshot_seg.reports.diagnosis import resample_weights
+from fewshot_seg.metrics import Float64Array, bootstrap_weights, pooled_miou
+from fewshot_seg.reports.diagnosis import way_counts
 from fewshot_seg.reports.run_folders import ReportedRun
 
 _RESAMPLES = 1000
@@ -35,25 +35,18 @@ def paired_difference(
     same = run.results["episodes_fingerprint"] == first.results["episodes_fingerprint"]
     if not same or any(episode.finding is None for one in (run, first) for episode in one.episodes):
         return None
-    weights = np.concatenate([np.ones((1, len(run.episodes))), resample_weights(len(run.episodes), resamples, seed)])
+    episodes = len(run.episodes)
+    weights = np.concatenate([np.ones((1, episodes)), bootstrap_weights(episodes, resamples=resamples, seed=seed)])
     scores = _miou(run, weights) - _miou(first, weights)
     low, high = np.percentile(scores[1:], (2.5, 97.5)).tolist()
     return Difference(value=float(scores[0]), low=low, high=high)
 
 
 def _miou(run: ReportedRun, weights: Float64Array) -> Float64Array:
-    """mIoU in percent of weighted episodes: (R, N) -> (R,). Classes that a row does not draw are left out of it."""
-    names = np.array([episode.class_name for episode in run.episodes])
+    """mIoU in percent of weighted episodes: (R, N) -> (R,)."""
+    _, classes = np.unique([episode.class_name for episode in run.episodes], return_inverse=True)
     findings = [episode.finding for episode in run.episodes if episode.finding is not None]
-    counts = np.array([(one.both, one.union) for one in findings], np.float64)
-    total, drawn = np.zeros(len(weights)), np.zeros(len(weights))
-    for name in np.unique(names):
-        chosen = weights[:, names == name]
-        both, union = (chosen @ counts[names == name]).T
-        present = chosen.sum(axis=1) > 0
-        total += np.where(union > 0, both / np.maximum(union, 1), 1.0) * present
-        drawn += present
-    return 100 * total / drawn
+    return pooled_miou(way_counts(findings), classes[:, None], weights)[0]
 
 
 def differing_settings(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:

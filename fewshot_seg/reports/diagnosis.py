@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fewshot_seg.findings import Finding
-from fewshot_seg.metrics import Float64Array
+from fewshot_seg.metrics import Float64Array, bootstrap_weights, pooled_miou
 from fewshot_seg.reports.run_folders import ReportedEpisode, ReportedRun
 
 FAILED = 10.0
@@ -100,7 +100,7 @@ def _diagnose(
     reasons = (
         _below(iou, miou),
         _errors(missed, wrong, target - both, marked - both),
-        *_confused(marked - both, confusions),
+        *_confused(marked - both, confusions, _on_no_class(findings, confusions)),
         *_cut(mean, best_iou),
         *_sizes(by_size),
         *_failures(failed, len(episodes)),
@@ -127,17 +127,15 @@ def _diagnose(
 
 def pooled_interval(findings: Sequence[Finding], *, resamples: int = _RESAMPLES, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval over the episodes of one class: of the sums' quotient, as mIoU takes it, in percent."""
-    counts = np.array([(one.both, one.union) for one in findings], np.float64)
-    draws = resample_weights(len(findings), resamples, seed) @ counts
-    scores = np.where(draws[:, 1] > 0, draws[:, 0] / np.maximum(draws[:, 1], 1), 1.0)
-    low, high = np.percentile(100 * scores, (2.5, 97.5)).tolist()
+    weights = bootstrap_weights(len(findings), resamples=resamples, seed=seed)
+    scores, _ = pooled_miou(way_counts(findings), np.zeros((len(findings), 1), np.int64), weights)
+    low, high = np.percentile(scores, (2.5, 97.5)).tolist()
     return low, high
 
 
-def resample_weights(episodes: int, resamples: int, seed: int) -> Float64Array:
-    """How often each episode is drawn: float64 (resamples, episodes), rows sum to the number of episodes."""
-    draws = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), size=resamples)
-    return draws.astype(np.float64)
+def way_counts(findings: Sequence[Finding]) -> Float64Array:
+    """Intersection and union of 1-way episodes as `pooled_miou` takes them: float64 (N, 1, 2)."""
+    return np.array([[(one.both, one.union)] for one in findings], np.float64)
 
 
 def _by_size(findings: Sequence[Finding]) -> tuple[tuple[int, float], ...]:
@@ -159,6 +157,15 @@ def _confusions(findings: Sequence[Finding], run: ReportedRun) -> tuple[tuple[st
         (run.class_names.get(class_id, f"class {class_id}"), 100 * count / max(wrong, 1))
         for class_id, count in pixels.most_common()
     )
+
+
+def _on_no_class(findings: Sequence[Finding], confusions: Sequence[tuple[str, float]]) -> float:
+    """Percent of the wrong area that carries no other label."""
+    claimed = [one.on_any_other for one in findings if one.on_any_other is not None]
+    if len(claimed) < len(findings):  # of an earlier version: pixels of overlapping labels count more than once
+        return max(0.0, 100 - sum(share for _, share in confusions))
+    wrong = sum(one.found - one.both for one in findings)
+    return 100 * (wrong - sum(claimed)) / max(wrong, 1)
 
 
 def _fault(
@@ -196,14 +203,13 @@ def _errors(missed: float, wrong: float, missed_pixels: int, wrong_pixels: int) 
     return f"It misses about as much as it marks wrongly: {numbers}."
 
 
-def _confused(wrong_pixels: int, confusions: Sequence[tuple[str, float]]) -> tuple[str, ...]:
+def _confused(wrong_pixels: int, confusions: Sequence[tuple[str, float]], rest: float) -> tuple[str, ...]:
     named = [(name, share) for name, share in confusions[:3] if share >= 5]
     if not wrong_pixels:
         return ()
     if not named:
         return ("What is marked wrongly lies on background, hardly ever on another labelled class.",)
     listed = ", ".join(f"{share:.0f} % {'on' if n else 'lies on'} {name}" for n, (name, share) in enumerate(named))
-    rest = 100 - sum(share for _, share in confusions)
     return (f"Of what is marked wrongly, {listed}, and {rest:.0f} % on no labelled class.",)
 
 

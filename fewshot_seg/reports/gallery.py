@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,15 +13,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes.protocols import Fit
-from episodes.types import IGNORE, EpisodeSpec, MaskSource, SupportKind, UInt8Array
+from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.explanation import ExplainedEpisode, episode_panels, explain_episode
 from fewshot_seg.pictures import BACKGROUND, TRUTH, overlay_mask
-from fewshot_seg.runtime import atomic_path, write_json
+from fewshot_seg.runtime import atomic_path, read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter
 
 GALLERY = "gallery"
 """Folder of the pictures in the run folder."""
 GALLERY_INDEX = "gallery.json"
+_OURS = re.compile(r"episode-\d{5,}-\d+\.webp")
 _SIDE, _QUALITY = 256, 80
 _CAPTIONS = {"prediction": "mask found", "truth": "truth"}
 
@@ -35,7 +38,7 @@ def chosen_episodes(specs: Sequence[EpisodeSpec], scores: Sequence[float], count
         scores: IoU of each.
         count: how many; all, if there are fewer.
     """
-    order = np.argsort(np.asarray(scores), kind="stable").tolist()
+    order = _lowest_first(scores)
     extremes, middle = max(1, count // 8), len(order) // 2
     wanted = list[int]()
     for step in range(min(extremes, len(order))):
@@ -48,6 +51,72 @@ def chosen_episodes(specs: Sequence[EpisodeSpec], scores: Sequence[float], count
     for rank in range(max(map(len, of_class.values()), default=0)):
         wanted += [numbers[rank] for numbers in weakest_first if rank < len(numbers)]
     return tuple(dict.fromkeys(wanted))[:count]
+
+
+def landmarks(scores: Sequence[float]) -> dict[str, int]:
+    """Numbers of the worst, best and median episode, by these names; none of fewer than three episodes.
+
+    They are the first three of `chosen_episodes`.
+
+    Example:
+        >>> landmarks([50.0, 10.0, 90.0, 30.0, 70.0])
+        {'Worst': 1, 'Best': 2, 'Median': 0}
+    """
+    order = _lowest_first(scores)
+    return {} if len(order) < 3 else {"Worst": order[0], "Best": order[-1], "Median": order[len(order) // 2]}
+
+
+def _lowest_first(scores: Sequence[float]) -> list[int]:
+    numbers: list[int] = np.argsort(np.asarray(scores), kind="stable").tolist()
+    return numbers
+
+
+def check_gallery(folder: Path) -> None:
+    """Refuse a run folder whose ``gallery`` is somebody else's, before hours are spent on what cannot be kept.
+
+    Raises:
+        DataError: ``gallery`` is a file, or holds other files than ours and no ``gallery.json`` of ours.
+    """
+    place = folder / GALLERY
+    if place.is_dir():
+        # hidden files are what a killed run or a desktop leaves
+        foreign = [p.name for p in place.iterdir() if not _OURS.fullmatch(p.name) and not p.name.startswith(".")]
+        if _has_index(place) or not foreign:
+            return
+        found = f"holds {min(foreign)!r}, which is of no earlier run"
+    elif os.path.lexists(place):
+        found = "is no folder"
+    else:
+        return
+    raise DataError(
+        f"{place} {found}, and the report's pictures belong there; give another --out, move it away, or draw nothing "
+        "with --report-episodes 0"
+    )
+
+
+def _has_index(place: Path) -> bool:
+    """Whether an earlier run wrote the index of this folder."""
+    try:
+        stored = read_json(place / GALLERY_INDEX, what="index of pictures")
+    except DataError:
+        return False
+    return isinstance(stored, dict) and stored.keys() >= {"episodes_fingerprint", "episodes"}
+
+
+def _remove_earlier(place: Path) -> None:
+    """Pictures and index of an earlier run, and the folder if nothing else is in it."""
+    if not place.is_dir():
+        return
+    names = [path.name for path in place.iterdir() if _OURS.fullmatch(path.name)]
+    if _has_index(place):
+        names.append(GALLERY_INDEX)
+    try:
+        for name in names:
+            (place / name).unlink()
+    except OSError as error:
+        raise DataError(f"cannot replace {place / name}: {error.strerror}; choose a folder you may write to") from error
+    with contextlib.suppress(OSError):  # other files
+        place.rmdir()
 
 
 def draw_gallery(
@@ -65,7 +134,7 @@ def draw_gallery(
 ) -> None:
     """Write the pictures of these episodes and ``gallery.json`` to ``gallery/`` of the run folder.
 
-    Pictures of an earlier run are removed, also where nothing is drawn.
+    Pictures of an earlier run are removed, also where nothing is drawn; other files stay.
 
     Args:
         segmenter: the model, in evaluation mode.
@@ -76,9 +145,14 @@ def draw_gallery(
         resolution, support, fit: see `explain_episode`.
         folder: of the run.
         show_progress: bar on stderr.
+
+    Raises:
+        DataError: there are pictures to draw, and ``gallery`` is somebody else's; see `check_gallery`.
     """
     place, drawn = folder / GALLERY, []
-    shutil.rmtree(place, ignore_errors=True)
+    if numbers:
+        check_gallery(folder)
+    _remove_earlier(place)
     for number in tqdm(numbers, desc="drawing", unit="episode", disable=not show_progress):
         episode = explain_episode(segmenter, source, specs[number], resolution=resolution, support=support, fit=fit)
         panels = []

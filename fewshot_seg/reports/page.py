@@ -21,6 +21,7 @@ from PIL import Image
 from episodes.types import DataError
 from fewshot_seg.reports.comparison import Difference, differing_settings, paired_difference, run_names
 from fewshot_seg.reports.diagnosis import ClassDiagnosis, diagnose, episode_fault
+from fewshot_seg.reports.gallery import landmarks
 from fewshot_seg.reports.run_folders import ReportedEpisode, ReportedRun
 from fewshot_seg.runtime import atomic_path
 
@@ -28,8 +29,6 @@ REPORT_NAME = "report.html"
 PICTURE_BYTES = 4_300_000
 """Of all pictures in a page, as text: the page stays below 5 MB; the least telling episodes lose theirs first."""
 _SIZES = {"protocol": "the protocol's size", "original": "the label's size"}
-_HIGHLIGHTS = ("Worst", "Best", "Median")
-"""In the order of `chosen_episodes`."""
 _FAULTS = {
     "good": "works (IoU of 75 % or more)",
     "missed": "misses more than it marks wrongly",
@@ -165,11 +164,11 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _embedded(run: ReportedRun, picture_bytes: int) -> dict[int, tuple[_Picture, ...]]:
     """Pictures of the drawn episodes by number, the most telling first, as long as there is room."""
-    kept, room = dict[int, tuple[_Picture, ...]](), picture_bytes
-    for position, number in enumerate(run.drawn):
+    kept, room, twice = dict[int, tuple[_Picture, ...]](), picture_bytes, _landmarks(run).values()
+    for number in run.drawn:
         pictures = tuple(_picture(panel.path, panel.label) for panel in run.episodes[number].panels)
         size = sum(len(one.uri) for one in pictures)
-        room -= 2 * size if position < 3 else size  # best, median and worst stand in the page twice
+        room -= 2 * size if number in twice else size  # best, median and worst stand in the page twice
         if room < 0:
             break
         kept[number] = pictures
@@ -206,11 +205,14 @@ def _episode_view(run: ReportedRun, episode: ReportedEpisode, pictures: tuple[_P
 
 
 def _highlights(run: ReportedRun, gallery: Sequence[_EpisodeView]) -> list[tuple[str, _EpisodeView]]:
-    """Worst, best and median of all episodes, as far as they are among the shown ones: they are drawn first."""
-    shown, named = {one.number: one for one in gallery}, list[tuple[str, _EpisodeView]]()
-    if len(run.episodes) >= len(_HIGHLIGHTS) == len([n for n in run.drawn[:3] if n in shown]):
-        named = [(title, shown[number]) for title, number in zip(_HIGHLIGHTS, run.drawn, strict=False)]
+    """Best, median and worst of all episodes, as far as they are among the shown ones."""
+    shown = {one.number: one for one in gallery}
+    named = [(title, shown[number]) for title, number in _landmarks(run).items() if number in shown]
     return sorted(named, key=lambda item: -item[1].iou)
+
+
+def _landmarks(run: ReportedRun) -> dict[str, int]:
+    return landmarks([episode.iou for episode in run.episodes])
 
 
 def _in_short(run: ReportedRun, classes: Sequence[ClassDiagnosis]) -> list[str]:

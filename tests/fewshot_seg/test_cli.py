@@ -286,6 +286,12 @@ def test_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], erro
     text = page.read_text()
     assert "2 runs side by side" in text
     assert "threshold" in text[text.index("Settings that differ") :]
+    assert "it is a folder" in error_of("report", one, "--out", str(tmp_path))
+    own = tmp_path / "mine" / "gallery" / "photo.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert "holds 'photo.jpg'" in error_of(*given, "--out", str(tmp_path / "mine"))
+    assert [path for path in own.parents[1].rglob("*") if path.is_file()] == [own]  # before anything is scored
     message = error_of("report", one, str(tmp_path))
     assert message == (
         f"{tmp_path} is no run of `evaluate` or `demo`: it has no run.json with evaluation.json beside it; give the "

@@ -36,7 +36,7 @@ def loop_best(margins: torch.Tensor, target: torch.Tensor) -> float:
 @given(st.integers(0, 10_000))
 def test_find_equals_a_loop(seed: int) -> None:
     margins, target, other = drawn(seed)
-    found = find(margins, target, {4: other, 2: np.zeros_like(other)})
+    found = find(margins, target, {4: other, 2: np.zeros_like(other), 5: other})
     rows = list(zip(margins.flatten().tolist(), target.flatten().tolist(), other.flatten().tolist(), strict=True))
     rows = [row for row in rows if row[1] != IGNORE]
     assert found.scored == len(rows)
@@ -44,7 +44,8 @@ def test_find_equals_a_loop(seed: int) -> None:
     assert found.found == sum(m > 0 for m, _, _ in rows)
     assert found.both == sum(m > 0 and t == 1 for m, t, _ in rows)
     on_other = sum(m > 0 and t == 0 and o == 1 for m, t, o in rows)
-    assert found.on_others == ({4: on_other} if on_other else {})
+    assert found.on_others == ({4: on_other, 5: on_other} if on_other else {})
+    assert found.on_any_other == on_other  # labels overlap, pixels count once
     iou = 100 * found.both / found.union if found.union else 100.0
     assert found.best_iou == pytest.approx(max(loop_best(margins, target), iou))
 
@@ -53,6 +54,15 @@ def test_best_cut_of_a_large_map_is_that_of_a_grid_of_it() -> None:
     margins, target, _ = drawn(3, (300, 520))
     assert best_cut(margins, target) == pytest.approx(loop_best(margins[::4, ::4], target[::4, ::4]))
     assert best_cut(margins, torch.zeros_like(target)) == 100
+
+
+def test_best_cut_of_an_object_between_the_grid() -> None:
+    margins, target, _ = drawn(3, (300, 520))
+    target[target == 1] = 0
+    target[101:104, 201:203] = 1  # the grid takes every fourth pixel
+    assert not bool((target[::4, ::4] == 1).any())
+    assert best_cut(margins, target) == pytest.approx(loop_best(margins, target))
+    assert best_cut(margins, target) < 1
 
 
 def test_votes_have_no_best_cut() -> None:

@@ -101,6 +101,13 @@ class TestAtomicPath:
         with pytest.raises(DataError, match=expected), atomic_path(blocked / "sub" / "out.json"):
             pytest.fail("the block must not run")
 
+    def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / "comparison").mkdir()
+        expected = r"cannot write .*/comparison: it is a folder; give the path of a file"
+        with pytest.raises(DataError, match=expected), atomic_path(tmp_path / "comparison"):
+            pytest.fail("the block must not run")
+        assert list(tmp_path.iterdir()) == [tmp_path / "comparison"]
+
     def test_long_names(self, tmp_path: Path) -> None:
         path = tmp_path / ("x" * 250 + ".json")
         write_json(path, 1)

@@ -66,6 +66,31 @@ class TestDiagnosis:
         result = metric.compute(resamples=1000)
         assert pooled_interval(findings) == pytest.approx((result.miou_low, result.miou_high), abs=1.0)
 
+    def test_overlapping_labels_leave_a_true_rest(self, tmp_path: Path, make_run: MakeRun) -> None:
+        """All that is marked wrongly lies on a person, and nine tenths of it on a cat, too."""
+        folder = make_run(tmp_path / "run")
+        stored = json.loads((folder / "evaluation.json").read_text())
+        for episode in stored["episodes"]:
+            finding = episode["finding"]
+            wrong = finding["found"] - finding["both"]
+            if episode["class_id"] == 2:
+                finding |= {"on_others": {"3": wrong, "1": wrong * 9 // 10}, "on_any_other": wrong}
+
+        def reasons() -> str:
+            (folder / "evaluation.json").write_text(json.dumps(stored))
+            run = read_run(folder)
+            write_report(tmp_path / "page.html", [run])
+            return " ".join(next(one.reasons for one in diagnose(run) if one.name == "dog"))
+
+        told = "100 % lies on person, 90 % on cat, and 0 % on no labelled class"
+        assert told in reasons()
+        for episode in stored["episodes"]:
+            episode["finding"]["on_any_other"] = episode["finding"]["on_any_other"] // 2
+        assert told.replace("0 % on no", "50 % on no") in reasons()
+        for episode in stored["episodes"]:
+            del episode["finding"]["on_any_other"]  # of an earlier version
+        assert told in reasons()
+
     def test_without_findings_only_the_scores_are_told(self, tmp_path: Path, make_run: MakeRun) -> None:
         folder = make_run(tmp_path / "run")
         stored = json.loads((folder / "evaluation.json").read_text())
@@ -94,6 +119,7 @@ class TestComparison:
             list(first.results["per_class"].values())
         )
         assert difference.value == pytest.approx(expected)
+        assert expected == pytest.approx(second.results["miou"][0] - first.results["miou"][0])
         assert difference.low < difference.value < difference.high < 0
         same = paired_difference(first, first)
         assert same is not None
@@ -120,7 +146,7 @@ class TestPage:
         page = tmp_path / "page.html"
         assert page.stat().st_size < 5_000_000
         shown = {int(number) for number in re.findall(r'data-number="(\d+)"', page.read_text())}
-        assert shown == set(range(len(shown)))  # first drawn, first kept
+        assert shown == set(run.drawn[: len(shown)])  # first drawn, first kept
         assert 10 < len(shown) < 60
         assert f"{60 - len(shown)} more are in the run folder" in page.read_text()
 
@@ -133,6 +159,25 @@ class TestPage:
         assert text.count("<script>") == text.count("</script>") == 1
         assert not re.search(r'(src|href)="(?!data:|#)', text)
         assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+
+    def test_best_median_and_worst_are_told_by_score(self, tmp_path: Path, make_run: MakeRun) -> None:
+        folder = make_run(tmp_path / "run", drawn=6)
+        run = read_run(folder)
+        ordered = sorted(run.episodes, key=lambda one: one.iou)
+        expected = {"Worst": ordered[0], "Median": ordered[15], "Best": ordered[-1]}
+
+        def told() -> dict[str, str]:
+            write_report(tmp_path / "page.html", [read_run(folder)])
+            text = (tmp_path / "page.html").read_text()
+            cards = text[text.index("Best, median and worst") :].split('<div class="card">')[1:]
+            found = [re.search(r"(Worst|Best|Median): .*?(q\d+)", card, re.DOTALL) for card in cards]
+            return {one[1]: one[2] for one in found if one is not None}
+
+        assert told() == {role: one.query_id for role, one in expected.items()}
+        for picture in (folder / "gallery").glob(f"episode-{expected['Worst'].number:05d}-*.webp"):
+            picture.unlink()
+        del expected["Worst"]
+        assert told() == {role: one.query_id for role, one in expected.items()}
 
     def test_facts_of_the_run(self, tmp_path: Path, make_run: MakeRun) -> None:
         write_report(tmp_path / "page.html", [read_run(make_run(tmp_path / "run"))])
@@ -158,16 +203,29 @@ class TestReading:
             ("evaluation.json", '{"scores": {}}', "similarity evaluate"),
             ("run.json", "{}", "no run that can be reported"),
             ("gallery/gallery.json", "{}", "no run that can be reported"),
-            ("gallery/episode-00000-0.webp", "no picture", "is no picture that can be read"),
+            ("gallery/episode-*-0.webp", "no picture", "is no picture that can be read"),
         ],
     )
     def test_damage_is_one_line(self, tmp_path: Path, make_run: MakeRun, file: str, damage: str, message: str) -> None:
         folder = make_run(tmp_path / "run", drawn=1)
-        (folder / file).write_text(damage)
+        next(folder.glob(file)).write_text(damage)
         with pytest.raises(DataError, match=message) as raised:
             write_report(tmp_path / "page.html", [read_run(folder)])
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "page.html").exists()
+
+    def test_a_score_outside_its_interval(self, tmp_path: Path, make_run: MakeRun) -> None:
+        """Many classes, few episodes: resamples miss most classes, and the percentiles may leave the value out."""
+        runs = [
+            read_run(make_run(tmp_path / name, miou=[80.0, 85.0, 88.0], fb_iou=[90.0, 60.0, 70.0])) for name in "ab"
+        ]
+        write_report(tmp_path / "page.html", runs)
+        assert "[85.0, 88.0]" in (tmp_path / "page.html").read_text()
+
+    @pytest.mark.parametrize("miou", [[float("nan"), 1.0, 2.0], [1.0, 0.0, float("inf")], [1.0, 2.0]])
+    def test_a_score_that_is_none(self, tmp_path: Path, make_run: MakeRun, miou: list[float]) -> None:
+        with pytest.raises(DataError, match="no run that can be reported"):
+            read_run(make_run(tmp_path / "run", miou=miou))
 
     def test_pictures_of_other_episodes_are_not_taken(self, tmp_path: Path, make_run: MakeRun) -> None:
         folder = make_run(tmp_path / "run", drawn=2)

@@ -8,7 +8,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewshot_seg.app.session import Session
+from episodes.types import DataError
+from fewshot_seg.app.guard import held_bytes
+from fewshot_seg.app.session import Findings, Session
 from fewshot_seg.coco_results import coco_document
 from fewshot_seg.photos import open_photo, output_names
 from fewshot_seg.predicted_files import COCO_NAME, PhotoWriter, Segmented, WrittenPrediction
@@ -30,16 +32,28 @@ def write_downloads(session: Session, threshold: float) -> Downloads:
     Masks are those of `predict_folder` with that threshold, at the photos' own size; the network is not asked again.
 
     Raises:
-        DataError: nothing was searched yet, or the folder cannot be written.
+        DataError: nothing was searched yet, the folder cannot be written, or the disk's share is used up; as
+            `Session.turn`.
     """
-    found, parent = session.found(), session.folder / "files"
-    shutil.rmtree(parent, ignore_errors=True)
-    parent.mkdir()
-    folder = Path(tempfile.mkdtemp(dir=parent))
+    with session.turn("making files"):
+        for earlier in session.files.iterdir():
+            shutil.rmtree(earlier, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=session.files))
+        try:
+            return _written(session, session.found(), threshold, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _written(session: Session, found: Findings, threshold: float, folder: Path) -> Downloads:
     writer = PhotoWriter(found.predictor, folder / "found", confidence=True, coco=True)
     queries = [one.query for one in found.looked]
     written = []
     for looked, name in zip(found.looked, output_names(queries), strict=True):
+        session.check_open()
+        if held_bytes(session.parent) > session.limits.disk_bytes:
+            raise DataError("no room for more files now: remove photos, or try again later")
         photo = open_photo(looked.query, most_pixels=session.limits.pixels)
         coarse = found.predictor.with_tiles(photo, session.margins_at(looked, threshold))
         one = writer.write(looked.query, name, Segmented(photo=photo, coarse=coarse))

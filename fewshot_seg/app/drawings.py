@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -82,7 +82,9 @@ def _shape(value: Any) -> Shape:
 
 def _number(value: Any) -> float:
     """Of a place in a photo; what lies far outside is brought to where rasterising cannot overflow."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(_NOT_ONE)
+    if not abs(value) <= sys.float_info.max:  # infinite, not a number, or an integer that no float holds
         raise DataError(_NOT_ONE)
     return min(max(float(value), -1e4), 1e4)
 
@@ -97,8 +99,8 @@ def annotation_of(drawing: Drawing, shape: tuple[int, int]) -> UInt8Array:
     if drawing.kind == "label":
         return np.full(shape, IGNORE, np.uint8)
     if drawing.kind == "point":
-        inside = [one.points[0] for one in shapes if _inside(one.points[0], shape)]
-        marks = point_marks(inside, shape)
+        points = [_on_photo(one.points[0], shape) for one in shapes]
+        marks = point_marks([one for one in points if _inside(one, shape)], shape)
     elif drawing.kind == "box":
         marks = _boxes(shapes, shape)
     else:
@@ -115,6 +117,12 @@ _NOTHING: dict[SupportKind, str] = {
     "box": "there is no box yet: drag one from corner to corner around the object, or choose another way to show it",
     "point": "there is no point yet: tap on the object, or choose another way to show it",
 }
+
+
+def _on_photo(point: tuple[float, float], shape: tuple[int, int]) -> tuple[float, float]:
+    """The page's last place is the photo's edge, one beyond its last pixel: that counts as the last pixel."""
+    x, y = point
+    return (min(x, shape[1] - 1) if x <= shape[1] else x, min(y, shape[0] - 1) if y <= shape[0] else y)
 
 
 def _inside(point: tuple[float, float], shape: tuple[int, int]) -> bool:
@@ -138,13 +146,14 @@ _BITS = 4
 def _painted(shapes: Sequence[Shape], shape: tuple[int, int]) -> UInt8Array:
     painted = np.zeros(shape, np.uint8)
     for one in shapes:
-        points = _pixels(one.points)
+        places = [_on_photo(point, shape) for point in one.points]
+        points = _pixels(places)
         if one.tool == "outline":
             cv2.fillPoly(painted, [points], 1, shift=_BITS)
             continue
         value, radius = int(one.tool == "brush"), one.radius
         cv2.polylines(painted, [points], False, value, max(1, round(2 * radius)), shift=_BITS)
-        for x, y in (one.points[0], one.points[-1]):  # round ends, and a dot where the stroke is one point
+        for x, y in (places[0], places[-1]):  # round ends, and a dot where the stroke is one point
             cv2.circle(painted, (round(x), round(y)), max(0, round(radius)), value, cv2.FILLED)
     return painted
 

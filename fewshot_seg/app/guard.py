@@ -27,13 +27,13 @@ _UPLOAD = "/gradio_api/upload"
 
 
 class Guard:
-    """ASGI: refuses requests that are too large, and uploads when the disk's share is used up; adds headers.
+    """ASGI: refuses requests that are too large, and uploads that the disk's share has no room for; adds headers.
 
     Args:
         application: what is guarded.
         request_bytes: most of an upload; other requests may have `event_bytes`.
         event_bytes: most of any other request: drawings are sent with these.
-        folder: of everything that is uploaded.
+        folder: of everything that is uploaded and written.
         disk_bytes: that it may hold.
     """
 
@@ -42,6 +42,7 @@ class Guard:
     ) -> None:
         self._application, self._folder, self._disk = app, folder, disk_bytes
         self._request_bytes, self._event_bytes = request_bytes + _ROOM_FOR_FORM, event_bytes
+        self._coming = 0
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         """One request."""
@@ -50,39 +51,65 @@ class Guard:
             return
         uploads = scope["path"].endswith(_UPLOAD)
         most = self._request_bytes if uploads else self._event_bytes
-        if _declared(scope) > most:
-            await _refuse(send, 413, f"at most {most} bytes are taken at a time")
+        declared = _declared(scope)
+        if declared is not None and declared > most:
+            await _refuse(send, 413, _too_long(most))
             return
-        if uploads and scope["method"] == "POST" and held_bytes(self._folder) > self._disk:
+        if not (uploads and scope["method"] == "POST"):
+            await self._pass_on(scope, receive, send, most)
+            return
+        length = most if declared is None else declared
+        if held_bytes(self._folder) + self._coming + length > self._disk:
             await _refuse(send, 507, "no room for more uploads now; try again later")
             return
-        await self._application(scope, _bounded(receive, most), _with_headers(send))
+        self._coming += length  # others may come before this one lies on disk
+        try:
+            await self._pass_on(scope, receive, send, most)
+        finally:
+            self._coming -= length
+
+    async def _pass_on(self, scope: _Message, receive: _Receive, send: _Send, most: int) -> None:
+        """Whatever the application makes of a request that goes on for too long, the answer is 413."""
+        came, answered = 0, False
+
+        async def counted() -> _Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > most:
+                raise TooLongError(_too_long(most))
+            return message
+
+        async def noted(message: _Message) -> None:
+            nonlocal answered
+            if came > most and not answered:
+                return
+            answered = True
+            await send(message)
+
+        try:
+            await self._application(scope, counted, _with_headers(noted))
+        except Exception:
+            if came <= most:
+                raise
+        if came > most and not answered:
+            await _refuse(send, 413, _too_long(most))
 
 
-def _declared(scope: _Message) -> int:
+def _declared(scope: _Message) -> int | None:
     """Content-Length; of one that is no number what no request may have."""
     for name, value in scope["headers"]:
         if name == b"content-length":
-            return int(value) if value.isdigit() else 2**63
-    return 0
+            return int(value) if value.isdigit() and len(value) < 19 else 2**63
+    return None
+
+
+def _too_long(most: int) -> str:
+    return f"at most {most} bytes are taken at a time"
 
 
 class TooLongError(Exception):
     """A request goes on for longer than it may: it said nothing, or lied, of its length."""
-
-
-def _bounded(receive: _Receive, most: int) -> _Receive:
-    came = 0
-
-    async def counted() -> _Message:
-        nonlocal came
-        message = await receive()
-        came += len(message.get("body", b""))
-        if came > most:
-            raise TooLongError(f"more than {most} bytes")
-        return message
-
-    return counted
 
 
 def _with_headers(send: _Send) -> _Send:

@@ -16,7 +16,8 @@ class Limits:
         pixels: of one photo, upright; a file of some kilobytes can claim to be any size.
         sessions: pages open at a time; the one that was not used for longest makes room.
         idle_seconds: after which an unused session is put away, and after which temporary files are deleted.
-        disk_bytes: of everybody's uploads together.
+        sweep_seconds: between two looks for unused sessions and old files.
+        disk_bytes: of everybody's uploads and files to download together.
         waiting: events that wait in line; more are turned away.
     """
 
@@ -26,5 +27,6 @@ class Limits:
     pixels: int = 50_000_000
     sessions: int = 32
     idle_seconds: float = 3600.0
+    sweep_seconds: float = 60.0
     disk_bytes: int = 8_000_000_000
     waiting: int = 64

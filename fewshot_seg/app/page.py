@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import shlex
+from collections.abc import Callable, Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import gradio as gr
 
 from episodes.types import DataError
 from fewshot_seg.app import markup
-from fewshot_seg.app.downloads import file_stem, write_downloads
+from fewshot_seg.app.downloads import write_downloads
 from fewshot_seg.app.drawings import Drawing, read_drawing
 from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.session import Session
@@ -25,8 +28,6 @@ RESULTS_A_PAGE = 6
 """Queries that are shown, and cut anew when the threshold moves, at a time."""
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_SWEEP = 300
-"""Seconds between two looks for files to delete."""
 
 
 def theme() -> gr.themes.Base:
@@ -59,16 +60,30 @@ def drawings_of(value: Any) -> dict[int, Drawing]:
         DataError: it is something else.
     """
     sent = value.get("drawings") if isinstance(value, dict) else None
-    if not isinstance(sent, dict) or not all(str(key).isdecimal() for key in sent):
+    if not isinstance(sent, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in sent):
         return {}
     return {int(key): read_drawing(one) for key, one in list(sent.items())[:100]}
+
+
+def _said(listener: Callable[..., Any]) -> Callable[..., Any]:
+    """What cannot be done now is told in a corner of the page, and nothing else of it changes."""
+
+    @functools.wraps(listener)
+    def told(*arguments: Any) -> Any:
+        try:
+            return listener(*arguments)
+        except DataError as error:
+            gr.Warning(escape(str(error)), title="Not now")
+            return gr.skip()
+
+    return told
 
 
 class _Page:
     """The listeners: each takes what the controls hold and returns what they shall show."""
 
-    def __init__(self, sessions: Sessions, threshold: float) -> None:
-        self._sessions, self._threshold = sessions, threshold
+    def __init__(self, sessions: Sessions, model_flags: Sequence[str]) -> None:
+        self._sessions, self._model_flags = sessions, model_flags
 
     def _session(self, request: gr.Request) -> Session:
         return self._sessions.get(str(request.session_hash))
@@ -78,6 +93,7 @@ class _Page:
         refused = _take(uploads, session.add_examples)
         return None, _photos(session), markup.problems(refused)
 
+    @_said
     def remove_example(self, event: gr.EventData, request: gr.Request) -> Any:
         session = self._session(request)
         number = event._data.get("number") if isinstance(event._data, dict) else None
@@ -90,23 +106,27 @@ class _Page:
         refused = _take(uploads, session.add_queries)
         return None, _queries(session, refused)
 
+    @_said
     def start_again(self, request: gr.Request) -> tuple[Any, ...]:
         session = self._session(request)
         session.start_again()
         return (_photos(session), "", "", "", markup.NOTHING_FOUND_YET, *_hidden())
 
+    @_said
     def clear_queries(self, request: gr.Request) -> tuple[Any, ...]:
         session = self._session(request)
         session.clear_queries()
         return ("", markup.NOTHING_FOUND_YET, *_hidden())
 
+    @_said
     def try_example(self, request: gr.Request) -> tuple[Any, ...]:
         session, example = self._session(request), synthetic_example()
-        session.start_again()
-        session.add_example("example.png", example.support, example.drawing)
-        for name, picture in example.queries.items():
-            write_picture(session.folder / "example" / name, picture)
-        refused = session.add_queries(session.folder / "example" / name for name in example.queries)
+        with session.turn():
+            session.start_again()
+            session.add_example("example.png", example.support, example.drawing)
+            for name, picture in example.queries.items():
+                write_picture(session.folder / "example" / name, picture)
+            refused = session.add_queries(session.folder / "example" / name for name in example.queries)
         return _photos(session), example.name, "", _queries(session, refused)
 
     def find(
@@ -122,11 +142,12 @@ class _Page:
             found = session.find(
                 drawings_of(drawn), name, progress=lambda done, count: progress((done, count), unit="photos")
             )
+            cards = self._cards(session, threshold, 1)
         except DataError as error:
             return (gr.skip(), markup.problems([str(error)]), *(gr.skip() for _ in range(4)))
         pages = -(-len(found.looked) // RESULTS_A_PAGE)
         return (
-            self._cards(session, threshold, 1),
+            cards,
             "",
             gr.update(visible=True),
             gr.update(maximum=max(2, pages), value=1, visible=pages > 1),
@@ -134,6 +155,7 @@ class _Page:
             gr.update(visible=False, value=None),
         )
 
+    @_said
     def cut(self, threshold: float, page: float, request: gr.Request) -> Any:
         session = self._session(request)
         if session.findings is None:
@@ -141,10 +163,11 @@ class _Page:
         return self._cards(session, threshold, int(page))
 
     def _cards(self, session: Session, threshold: float, page: int) -> str:
-        found = session.found()
-        first = max(0, min((page - 1) * RESULTS_A_PAGE, len(found.looked) - 1))
-        numbers = range(first, min(first + RESULTS_A_PAGE, len(found.looked)))
-        return markup.results(session.views(threshold, numbers), found.name)
+        with session.turn():
+            found = session.found()
+            first = max(0, min((page - 1) * RESULTS_A_PAGE, len(found.looked) - 1))
+            numbers = range(first, min(first + RESULTS_A_PAGE, len(found.looked)))
+            return markup.results(session.views(threshold, numbers), found.name)
 
     def make_files(self, threshold: float, request: gr.Request) -> tuple[Any, ...]:
         session = self._session(request)
@@ -152,11 +175,8 @@ class _Page:
             made = write_downloads(session, threshold)
         except DataError as error:
             return gr.skip(), markup.problems([str(error)])
-        stem = file_stem(session.found().name)
-        command = (
-            f"`fewshot-seg predict --support-set {stem}.safetensors --threshold {threshold:g} --query photos/` "
-            "finds the same in a whole folder."
-        )
+        flags = ["--support-set", made.support.name, "--threshold", f"{threshold:g}", *self._model_flags]
+        command = f"`fewshot-seg predict {shlex.join(flags)} --query photos/` finds the same in a whole folder."
         return gr.update(visible=True, value=[str(made.masks), str(made.coco), str(made.support)]), command
 
     def leave(self, request: gr.Request) -> None:
@@ -168,6 +188,8 @@ def _take(uploads: Sequence[str] | None, add: Any) -> list[str]:
     paths = [Path(one) for one in uploads or ()]
     try:
         refused: list[str] = add(paths)
+    except DataError as error:
+        refused = [str(error)]
     finally:
         for path in paths:
             with contextlib.suppress(OSError):
@@ -187,7 +209,9 @@ def _hidden() -> tuple[Any, ...]:
     return (*(gr.update(visible=False) for _ in range(3)), gr.update(visible=False, value=None))
 
 
-def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: float, model: str) -> gr.Blocks:
+def build_page(
+    sessions: Sessions, limits: Limits, *, threshold: float, reach: float, model: str, model_flags: Sequence[str] = ()
+) -> gr.Blocks:
     """The page.
 
     Args:
@@ -196,12 +220,16 @@ def build_page(sessions: Sessions, limits: Limits, *, threshold: float, reach: f
         threshold: logit that masks are cut at first.
         reach: how far the control goes to either side.
         model: what is told of it.
+        model_flags: with which ``fewshot-seg predict`` takes the same one.
     """
-    page = _Page(sessions, threshold)
+    page = _Page(sessions, model_flags)
     suffixes = sorted(PHOTO_SUFFIXES)
     megabytes = f"{limits.file_bytes / 1e6:g} MB"
+    swept = (max(1, int(limits.sweep_seconds)), int(limits.idle_seconds))
     blocks: gr.Blocks = gr.Blocks(
-        title="fewshot-seg", analytics_enabled=False, delete_cache=(_SWEEP, int(limits.idle_seconds))
+        title="fewshot-seg",
+        analytics_enabled=False,
+        delete_cache=swept,
     )
     with blocks:
         gr.Markdown(

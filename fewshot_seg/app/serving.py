@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from fewshot_seg.app.sessions import Sessions
 
 INSTALL = "pip install 'fewshot-seg[app]'"
 _EVENT_BYTES = 4_000_000
+_NO_PROXY = ("NO_PROXY", "no_proxy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +34,9 @@ class Served:
 
 
 def check_package() -> None:
-    """Raises DataError where gradio is not installed."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise DataError(f"the page needs gradio: {INSTALL}") from error
+    """Raises DataError where gradio is not installed; it is not imported, which would read its variables."""
+    if importlib.util.find_spec("gradio") is None:
+        raise DataError(f"the page needs gradio: {INSTALL}")
 
 
 def is_loopback(host: str) -> bool:
@@ -49,15 +51,37 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Ask the machine once whether somebody can listen there.
+
+    Raises:
+        DataError: nobody can; or it is an address of IPv6.
+    """
+    if not host or ":" in host:
+        raise DataError(f"--host {host!r} is not served: give an address of IPv4, such as 127.0.0.1, or a name")
+    try:
+        address = socket.getaddrinfo(host, port or 0, socket.AF_INET, socket.SOCK_STREAM)[0][4]
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int | None, error: Exception) -> DataError:
+    where = f"{host}:{port}" if port else host
+    return DataError(f"cannot listen at {where}: {error}; choose another --port or --host")
+
+
 @contextlib.contextmanager
 def serve(
     engine: Engine,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
-    threshold: float | None = None,
     reach: float = 4.0,
     limits: Limits | None = None,
+    model_flags: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Listen, in threads of their own, for as long as the block lasts; then nothing of it is left on disk.
 
@@ -65,34 +89,62 @@ def serve(
         engine: the model.
         host: address to listen at.
         port: None for the first that is free from 7860.
-        threshold: logit that masks are cut at first, instead of the model's.
-        reach: how far the page's control goes to either side of it.
+        reach: how far the page's control of the threshold goes to either side of the model's.
         limits: bounds.
+        model_flags: with which ``fewshot-seg predict`` takes the same model, told to visitors.
 
     Raises:
         DataError: gradio is not installed, or nobody can listen at that address.
     """
     check_package()
+    check_address(host, port)
     bounds = limits or Limits()
-    first = engine.segmenter.threshold if threshold is None else threshold
     with tempfile.TemporaryDirectory(prefix="fewshot-seg-app-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        uploads, work = folder / "uploads", folder / "sessions"
+        uploads = folder / "uploads"
         uploads.mkdir()
-        work.mkdir()
         sessions = Sessions(
-            lambda: Session(engine, bounds, work), capacity=bounds.sessions, idle_seconds=bounds.idle_seconds
+            # gradio serves what lies among the uploads from there, and makes no copy of it that would stay
+            lambda: Session(engine, bounds, folder, outbox=uploads),
+            capacity=bounds.sessions,
+            idle_seconds=bounds.idle_seconds,
         )
         with _gradios_environment(uploads):
             from fewshot_seg.app.page import build_page
 
-            page = build_page(sessions, bounds, threshold=first, reach=reach, model=engine.name)
+            page = build_page(
+                sessions,
+                bounds,
+                threshold=engine.segmenter.threshold,
+                reach=reach,
+                model=engine.name,
+                model_flags=model_flags,
+            )
             try:
-                address = _listen(page, host, port, bounds, folder)
-                yield Served(address=address, sessions=sessions, folder=folder)
+                with _swept(sessions, bounds.sweep_seconds):
+                    address = _listen(page, host, port, bounds, folder)
+                    yield Served(address=address, sessions=sessions, folder=folder)
             finally:
                 page.close(verbose=False)
                 sessions.close()
+
+
+@contextlib.contextmanager
+def _swept(sessions: Sessions, seconds: float) -> Iterator[None]:
+    """Sessions that nobody uses are closed also while no page asks."""
+    ended = threading.Event()
+
+    def sweep() -> None:
+        while not ended.wait(seconds):
+            sessions.sweep()
+
+    thread = threading.Thread(target=sweep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _listen(page: Any, host: str, port: int | None, limits: Limits, folder: Path) -> str:
@@ -121,9 +173,8 @@ def _listen(page: Any, host: str, port: int | None, limits: Limits, folder: Path
             css=text_of("page.css"),
             app_kwargs={"middleware": _middleware(host, limits, folder)},
         )
-    except OSError as error:
-        where = f"{host}:{port}" if port else host
-        raise DataError(f"cannot listen at {where}: {error}; choose another --port or --host") from error
+    except Exception as error:  # gradio asks its own page, and raises whatever comes of that
+        raise _cannot_listen(host, port, error) from error
     return str(address)
 
 
@@ -140,22 +191,27 @@ def _middleware(host: str, limits: Limits, folder: Path) -> list[Any]:
         folder=folder,
         disk_bytes=limits.disk_bytes,
     )
-    if host not in ("127.0.0.1", "localhost"):
+    if not is_loopback(host):
         return [guard]
     # a page of somebody else's, whose name is made to point here, is not let in
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), guard]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host.lower()]), guard]
 
 
 @contextlib.contextmanager
 def _gradios_environment(uploads: Path) -> Iterator[None]:
-    """The user's variables ``GRADIO_...`` are not heeded: no shared page, no open folder. Uploads go to `uploads`."""
-    before = dict(os.environ)
-    for name in [one for one in before if one.startswith("GRADIO_")]:
-        del os.environ[name]
+    """The user's variables ``GRADIO_...`` are not heeded: no shared page, no open folder. Uploads go to `uploads`.
+
+    Nor is a proxy: at its start gradio asks the page, which no proxy reaches, and afterwards nobody else.
+    """
+    before = _taken_out()
     os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ |= dict.fromkeys(_NO_PROXY, "*")
     try:
         yield
     finally:
-        for name in [one for one in os.environ if one.startswith("GRADIO_")]:
-            del os.environ[name]
-        os.environ |= {name: value for name, value in before.items() if name.startswith("GRADIO_")}
+        _taken_out()
+        os.environ |= before
+
+
+def _taken_out() -> dict[str, str]:
+    return {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("GRADIO_") or name in _NO_PROXY}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,8 @@ SUPPORT_SIDE = 1024
 VIEW_SIDE = 800
 """Results are shown at most at this size; the files to download have the photo's own."""
 _LONGEST_NAME = 60
+_PATIENCE = 2.0
+"""Seconds that a caller waits for another one's long work, before he is told of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,36 +123,78 @@ def clean_name(text: str) -> str:
 
 @dataclass
 class Session:
-    """From any thread; two callers take turns.
+    """From any thread; two callers take turns, and long work is not waited for.
 
     Args:
         engine: the model.
         limits: bounds.
-        parent: where the session's own folder is made.
+        parent: where the session's own folder is made; what lies in it counts against `Limits.disk_bytes`.
+        outbox: where the folder of files to download is made, the session's own by default.
     """
 
     engine: Engine
     limits: Limits
     parent: Path
+    outbox: Path | None = None
     examples: tuple[Example, ...] = ()
     queries: tuple[Path, ...] = ()
     findings: Findings | None = None
     folder: Path = field(init=False)
+    files: Path = field(init=False)
     _numbers: int = field(default=0, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _long: str = field(default="", init=False)
+    _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="session-", dir=self.parent))
+        self.files = Path(tempfile.mkdtemp(prefix="files-", dir=self.outbox or self.folder))
 
     def close(self) -> None:
-        """Forget everything, and delete the folder."""
+        """Forget everything, and delete the folders; work that goes on ends at its next photo."""
+        self._closed = True
         with self._lock:
             self.examples, self.queries, self.findings = (), (), None
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (self.folder, self.files):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def turn(self, long: str = "") -> Iterator[None]:
+        """The session for one caller alone; no message of an error tells where its files lie.
+
+        Args:
+            long: what is done, of work that others shall not wait for, for example ``searching``.
+
+        Raises:
+            DataError: the session is closed, or long work of another caller goes on.
+        """
+        while not self._lock.acquire(timeout=_PATIENCE):
+            if self._long:
+                raise DataError(f"still {self._long}: wait until that is done, then try again")
+        before = self._long
+        try:
+            self.check_open()
+            self._long = long or before
+            yield
+        except (DataError, OSError) as error:
+            raise DataError(self._without_folders(str(error))) from error
+        finally:
+            self._long = before
+            self._lock.release()
+
+    def check_open(self) -> None:
+        """Raises DataError where the session is closed: between the photos of long work, too."""
+        if self._closed:
+            raise DataError("this page was put away, and its photos are deleted: reload it and start again")
+
+    def _without_folders(self, text: str) -> str:
+        for folder in (self.folder, self.files):
+            text = re.sub(rf"{re.escape(str(folder))}/(?:[\w.-]+/)*", "", text)
+        return text
 
     def add_examples(self, files: Iterable[Path]) -> list[str]:
         """Read support photos; returns a line for each that was not taken."""
-        with self._lock:
+        with self.turn():
             return _each(files, self._add_example)
 
     def _add_example(self, file: Path) -> None:
@@ -159,18 +205,18 @@ class Session:
 
     def add_example(self, name: str, pixels: UInt8Array, drawing: Drawing | None = None) -> None:
         """A support photo uint8 (h, w, 3) that is at hand."""
-        with self._lock:
+        with self.turn():
             self._numbers += 1
             self.examples = (*self.examples, Example(number=self._numbers, name=name, pixels=pixels, drawing=drawing))
 
     def remove_example(self, number: int) -> None:
         """Take a support photo away; one that is not there stays away."""
-        with self._lock:
+        with self.turn():
             self.examples = tuple(one for one in self.examples if one.number != number)
 
     def add_queries(self, files: Iterable[Path]) -> list[str]:
         """Check photos and copy them to the session's folder; returns a line for each that was not taken."""
-        with self._lock:
+        with self.turn():
             return _each(files, self._add_query)
 
     def _add_query(self, file: Path) -> None:
@@ -196,16 +242,16 @@ class Session:
 
     def start_again(self) -> None:
         """Forget examples, queries and findings."""
-        with self._lock:
+        with self.turn():
             self.examples, self.findings = (), None
             self.clear_queries()
 
     def clear_queries(self) -> None:
         """Forget the queries, and what was found in them."""
-        with self._lock:
+        with self.turn():
             self.queries, self.findings = (), None
-            for part in ("queries", "views", "files"):
-                shutil.rmtree(self.folder / part, ignore_errors=True)
+            for folder in (self.folder / "queries", self.folder / "views", *self.files.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def find(
         self,
@@ -222,9 +268,9 @@ class Session:
             progress: called with the number of queries that are done, and of all.
 
         Raises:
-            DataError: no example, no query, an example that shows nothing.
+            DataError: no example, no query, an example that shows nothing; as `turn`.
         """
-        with self._lock:
+        with self.turn("searching"):
             if not self.examples:
                 raise DataError("add an example photo first: one that shows the object")
             if not self.queries:
@@ -234,6 +280,7 @@ class Session:
             predictor.remember_supports([self._support(one, drawings) for one in self.examples], name=class_name)
             looked = []
             for number, query in enumerate(self.queries):
+                self.check_open()
                 if progress is not None:
                     progress(number, len(self.queries))
                 looked.append(self._look(predictor, query))
@@ -270,7 +317,7 @@ class Session:
         Raises:
             DataError: nothing was searched yet.
         """
-        with self._lock:
+        with self.turn():
             found = self.found()
             return [self._view(found, found.looked[number], threshold) for number in numbers]
 

@@ -16,7 +16,7 @@ class Sessions:
     Args:
         create: makes a new one.
         capacity: at most so many; the one that was not used for longest is closed to make room.
-        idle_seconds: after which an unused one is closed, when the next page asks.
+        idle_seconds: after which an unused one is closed, by `sweep` or when the next page asks.
         clock: seconds, ever rising.
     """
 
@@ -38,16 +38,22 @@ class Sessions:
     def get(self, key: str) -> Session:
         """The session of a page: a new, empty one where there is none, or where it was put away."""
         with self._lock:
-            now = self._clock()
             session = self._kept[key][0] if key in self._kept else self._create()
-            self._kept[key] = (session, now)
+            self._kept[key] = (session, self._clock())
             self._kept.move_to_end(key)
-            away = []
-            while len(self._kept) > self._capacity or now - next(iter(self._kept.values()))[1] > self._idle:
+        self.sweep()
+        return session
+
+    def sweep(self) -> None:
+        """Close those that were not used for too long, and those that are too many."""
+        with self._lock:
+            now, away = self._clock(), list[Session]()
+            while self._kept and (
+                len(self._kept) > self._capacity or now - next(iter(self._kept.values()))[1] > self._idle
+            ):
                 away.append(self._kept.popitem(last=False)[1][0])
         for one in away:
             one.close()
-        return session
 
     def drop(self, key: str) -> None:
         """Free what a page that was closed had."""

@@ -23,8 +23,6 @@ PriorMapName = Literal[
 Augmentation = Literal["mirror", "none", "flip", "standard", "pfenet", "colour", "strong"]
 
 
-_HIGHEST_PORT = 65535
-
 NO_MODEL = Path("none")
 """``--model none``: nothing trained, also where a shipped model would be taken otherwise."""
 
@@ -320,15 +318,12 @@ class AppConfig(ModelSettings):
     """``fewshot-seg app``."""
 
     host: str = setting("address to listen at; any other than this machine's own lets others in", "127.0.0.1")
-    port: int | None = setting("port to listen at (default: the first free one from 7860)", None, minimum=1)
+    port: int | None = setting(
+        "port to listen at (default: the first free one from 7860)", None, minimum=1, maximum=65535
+    )
     size: int | None = setting(
         "side of the square that photos are fitted into (default: the model's)", None, minimum=32
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.port is not None and self.port > _HIGHEST_PORT:
-            raise DataError(f"--port must be at most {_HIGHEST_PORT}, got {self.port}")
 
 
 @dataclass(frozen=True, kw_only=True)

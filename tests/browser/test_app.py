@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -200,16 +201,63 @@ def test_example_at_phone_width(opened: Page) -> None:
 
 def test_a_closed_page_is_freed(served: Served, opened: Page) -> None:
     page = opened
-    before = len(served.sessions)
+
+    def wait_for_none() -> None:
+        for _ in range(200):
+            if not len(served.sessions):
+                return
+            page.wait_for_timeout(100)
+
+    wait_for_none()  # those of the tests before
+    assert len(served.sessions) == 0
     page.click("#try")
     page.locator(".result img").nth(5).wait_for()
-    assert len(served.sessions) > 0
+    page.click("#make")
+    page.locator("#downloads a").nth(2).wait_for()
+    assert len(served.sessions) == 1
+    assert list(served.folder.rglob("*.zip"))
     page.goto("about:blank")
-    for _ in range(100):
-        if len(served.sessions) <= before:
-            break
-        page.wait_for_timeout(100)
-    assert len(served.sessions) <= before
+    wait_for_none()
+    assert len(served.sessions) == 0
+    page.wait_for_timeout(500)  # it is counted out before its folders are deleted
+    assert not list(served.folder.rglob("*.zip"))
+    assert not list(served.folder.glob("session-*"))
+
+
+def test_what_is_asked_for_during_a_search_is_told_of_it(served: Served, opened: Page, tmp_path: Path) -> None:
+    page = opened
+    upload(page, "#queries", photo(tmp_path / "searched.png", 1))
+    page.get_by_text("1 photo to search").wait_for()
+    session = list(served.sessions._kept.values())[-1][0]
+    with session.turn("searching"):
+        page.click("#clear")
+        page.get_by_text("still searching: wait until that is done").wait_for()
+        upload(page, "#examples", photo(tmp_path / "shown.png", 0))
+        page.locator("#example-notes").get_by_text("still searching").wait_for()
+        page.click("#find")
+        page.locator("#find-notes").get_by_text("still searching").wait_for()
+    assert len(session.queries) == 1
+    page.click("#clear")
+    page.locator("#query-notes").get_by_text("searched.png").wait_for(state="detached")
+    assert not session.queries
+
+
+def test_another_own_address_and_a_proxy_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fewshot-seg[app]'")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux has all of 127.0.0.0/8 for its own")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    segmenter = training_free(build_backbone("mobilenetv3_small_050", weights="random")).eval()
+    engine = Engine(segmenter=segmenter, resolution=64, fit="squash", name="tiny")
+    with serve(engine, host="127.0.0.2") as page:
+        for headers, status in (({}, 200), ({"Host": "evil.example"}, 400)):
+            connection = HTTPConnection(urlsplit(page.address).netloc, timeout=20)
+            connection.request("GET", "/", headers=headers)
+            assert connection.getresponse().status == status
+            connection.close()
 
 
 def test_a_port_that_is_taken_gets_one_line(served: Served) -> None:

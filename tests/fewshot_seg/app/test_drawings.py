@@ -59,6 +59,12 @@ class TestAnnotation:
         assert marks[20, 40] == IGNORE
         assert (annotation_of(drawn("label"), SHAPE) == IGNORE).all()
 
+    @pytest.mark.parametrize("place", [(60, 20), (30, 40), (60, 40), (60, 0)])
+    @pytest.mark.parametrize(("kind", "tool"), [("point", "point"), ("mask", "brush"), ("scribble", "brush")])
+    def test_at_the_edge_as_the_page_sends_it(self, kind: SupportKind, tool: Tool, place: tuple[int, int]) -> None:
+        marks = annotation_of(drawn(kind, Shape(tool, (place,), 0.5)), SHAPE)
+        assert marks[min(place[1], 39), min(place[0], 59)] == 1
+
     @pytest.mark.parametrize(
         ("drawing", "message"),
         [
@@ -67,7 +73,7 @@ class TestAnnotation:
             (drawn("mask", Shape("brush", ((9, 9),), 3), Shape("eraser", ((9, 9),), 9)), "nothing is painted yet"),
             (drawn("scribble", Shape("brush", ((900, 900),), 3)), "no stroke"),
             (drawn("box", Shape("box", ((5, 5), (5, 30)))), "no box"),
-            (drawn("point", Shape("point", ((60, 10),))), "no point"),
+            (drawn("point", Shape("point", ((61, 10),))), "no point"),
         ],
     )
     def test_nothing_drawn(self, drawing: Drawing, message: str) -> None:
@@ -104,6 +110,7 @@ class TestReading:
             {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, "2"]]}]},
             {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, True]]}]},
             {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, math.nan]]}]},
+            {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, 10**400]]}]},
             {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, 1]], "radius": math.inf}]},
             {"kind": "mask", "shapes": [{"tool": "outline", "points": [[1, 1], [2, 2]]}]},
             {"kind": "mask", "shapes": [{"tool": "brush", "points": [[1, 1]]}] * 2001},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import pytest
 
 from episodes.types import DataError
 from fewshot_seg import app_commands
+from fewshot_seg.app import serving
 from fewshot_seg.app.guard import Guard, TooLongError
+from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.markup import problems, query_list
-from fewshot_seg.app.serving import Served, check_package
+from fewshot_seg.app.serving import Served, check_address, check_package
+from fewshot_seg.app.session import Session
+from fewshot_seg.app.sessions import Sessions
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.config import AppConfig, ModelSettings
 from fewshot_seg.method import Method
@@ -27,6 +34,12 @@ class TestCommand:
         monkeypatch.setitem(sys.modules, "gradio", None)
         with pytest.raises(DataError, match=r"pip install 'fewshot-seg\[app\]'"):
             check_package()
+
+    def test_gradio_is_not_imported_before_its_variables_are_cleaned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("gradio", reason="gradio is not installed")
+        monkeypatch.delitem(sys.modules, "gradio")
+        check_package()
+        assert "gradio" not in sys.modules
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
     def test_a_warning_where_others_get_in(
@@ -59,16 +72,81 @@ class TestCommand:
         monkeypatch.setattr(app_commands, "method_for_photos", method)
         monkeypatch.setattr(app_commands, "serve", listen)
         monkeypatch.setattr(app_commands.threading, "Event", Interrupted)
-        assert app_commands.app(AppConfig(host=host, port=8000, threshold=0.4)) == 0
+        assert app_commands.app(AppConfig(host=host, port=8000, threshold=0.4, strides=(16, 32), size=64)) == 0
         said = capsys.readouterr()
         assert "open http://here/" in said.out
         assert ("no password" in said.err) == (host == "0.0.0.0")
         assert (asked["host"], asked["port"], asked["reach"]) == (host, 8000, 1.0)
+        assert asked["model_flags"] == ["--strides", "16", "32", "--size", "64"]
         assert asked["engine"].segmenter.threshold == 0.4
 
     def test_port_out_of_range(self) -> None:
         with pytest.raises(DataError, match="--port must be at most 65535"):
             AppConfig(port=70_000)
+
+
+class TestAddress:
+    @pytest.mark.parametrize("host", ["::1", "[::1]", "::", ""])
+    def test_not_of_version_4(self, host: str) -> None:
+        with pytest.raises(DataError, match=r"is not served: give an address of IPv4"):
+            check_address(host, None)
+
+    @pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "no such host"])
+    def test_not_of_this_machine(self, host: str) -> None:
+        with pytest.raises(DataError, match=r"cannot listen at .*choose another --port or --host"):
+            check_address(host, None)
+
+    def test_taken_and_free(self) -> None:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            with pytest.raises(DataError, match=f"cannot listen at 127.0.0.1:{port}"):
+                check_address("127.0.0.1", port)
+        check_address("127.0.0.1", port)
+
+    @pytest.mark.parametrize(("host", "own"), [("127.0.0.1", True), ("127.0.0.2", True), ("0.0.0.0", False)])
+    def test_names_of_others_are_refused_on_every_own_address(self, tmp_path: Path, host: str, own: bool) -> None:
+        pytest.importorskip("starlette", reason="gradio is not installed")
+        kinds = [one.cls.__name__ for one in serving._middleware(host, Limits(), tmp_path)]
+        assert ("TrustedHostMiddleware" in kinds) == own
+        assert "Guard" in kinds
+
+    def test_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GRADIO_SHARE", "true")
+        monkeypatch.setenv("no_proxy", "example.org")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        before = dict(os.environ)
+        with serving._gradios_environment(tmp_path):
+            assert "GRADIO_SHARE" not in os.environ
+            assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "*"
+        assert dict(os.environ) == before
+
+    def test_any_failure_of_launch_is_one_line(self, tmp_path: Path) -> None:
+        pytest.importorskip("gradio", reason="gradio is not installed")
+
+        class Page:
+            def launch(self, **_arguments: Any) -> None:
+                raise RuntimeError("proxy says no")
+
+        with pytest.raises(DataError, match=r"cannot listen at 127\.0\.0\.1: proxy says no"):
+            serving._listen(Page(), "127.0.0.1", None, Limits(), tmp_path)
+
+
+def test_unused_sessions_are_closed_while_nobody_asks(tmp_path: Path) -> None:
+    sessions = Sessions(
+        lambda: Session(None, Limits(), tmp_path),  # type: ignore[arg-type]
+        capacity=2,
+        idle_seconds=0.0,
+    )
+    with serving._swept(sessions, 0.01):
+        folder = sessions.get("a").folder
+        for _ in range(1000):
+            if not folder.exists():
+                break
+            time.sleep(0.01)
+    assert len(sessions) == 0
+    assert not folder.exists()
 
 
 def answer(guard: Guard, *chunks: bytes, path: str = "/x", length: str | None = None) -> int:
@@ -96,7 +174,7 @@ class TestGuard:
                 pass
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-        return Guard(application, request_bytes=2_000_000, event_bytes=100, folder=tmp_path, disk_bytes=1000)
+        return Guard(application, request_bytes=2_000_000, event_bytes=100, folder=tmp_path, disk_bytes=3_000_000)
 
     def test_length_that_is_declared(self, guard: Guard) -> None:
         assert answer(guard, b"a" * 100, length="100") == 200
@@ -105,14 +183,49 @@ class TestGuard:
         assert answer(guard, b"", path="/gradio_api/upload", length="2000000") == 200
 
     def test_length_that_is_not(self, guard: Guard) -> None:
-        with pytest.raises(TooLongError):
-            answer(guard, b"a" * 60, b"a" * 60)
+        assert answer(guard, b"a" * 60, b"a" * 60) == 413
+        assert answer(guard, b"a" * 60, b"a" * 40) == 200
+
+    def test_length_that_is_not_told_to_an_application_that_hides_it(self, tmp_path: Path) -> None:
+        async def application(_scope: Any, receive: Any, send: Any) -> None:
+            with contextlib.suppress(TooLongError):
+                await receive()
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"broken"})
+
+        guard = Guard(application, request_bytes=100, event_bytes=100, folder=tmp_path, disk_bytes=3_000_000)
+        assert answer(guard, b"a" * 101) == 413
+        assert answer(guard, b"a" * 100) == 500
 
     def test_disk_that_is_full(self, guard: Guard, tmp_path: Path) -> None:
         (tmp_path / "deep").mkdir()
-        (tmp_path / "deep" / "photo").write_bytes(b"0" * 1001)
-        assert answer(guard, b"", path="/gradio_api/upload", length="0") == 507
+        (tmp_path / "deep" / "photo").write_bytes(b"0" * 2_000_000)
+        assert answer(guard, b"", path="/gradio_api/upload", length="900000") == 200
+        assert answer(guard, b"", path="/gradio_api/upload", length="1000001") == 507
+        assert answer(guard, b"", path="/gradio_api/upload") == 507  # it may have 3 000 000
         assert answer(guard, b"") == 200
+
+    def test_uploads_on_their_way_count(self, tmp_path: Path) -> None:
+        nested: list[int] = []
+
+        async def application(_scope: Any, _receive: Any, send: Any) -> None:
+            if not nested:
+                nested.append(0)
+                sent = list[MutableMapping[str, Any]]()
+
+                async def keep(message: MutableMapping[str, Any]) -> None:
+                    sent.append(message)
+
+                await guard(upload, _receive, keep)
+                nested[0] = sent[0]["status"]
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        guard = Guard(application, request_bytes=1000, event_bytes=100, folder=tmp_path, disk_bytes=1000)
+        headers = [(b"content-length", b"600")]
+        upload = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+        assert answer(guard, b"", path="/gradio_api/upload", length="600") == 200
+        assert nested == [507]
+        assert answer(guard, b"", path="/gradio_api/upload", length="600") == 200
 
 
 class TestMarkup:

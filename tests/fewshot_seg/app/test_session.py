@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as run_lengths
 
+from episodes.sources import SyntheticSource
 from episodes.types import DataError, UInt8Array
+from fewshot_seg.app import session as session_module
 from fewshot_seg.app.downloads import write_downloads
-from fewshot_seg.app.drawings import Drawing, Shape
+from fewshot_seg.app.drawings import Drawing, Shape, annotation_of
 from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.session import SUPPORT_SIDE, Engine, Session
 from fewshot_seg.app.sessions import Sessions
 from fewshot_seg.app.synthetic_example import outlined, synthetic_example
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.photos import read_photo
+from fewshot_seg.predicted_files import PhotoWriter
 from fewshot_seg.prediction import Predictor
 from fewshot_seg.segmenter import training_free
 
@@ -162,8 +168,58 @@ class TestUploads:
         session.find({1: OUTLINE})
         write_downloads(session, 0.0)
         session.clear_queries()
-        assert list(session.folder.iterdir()) == []
+        assert [one for one in session.folder.rglob("*") if one != session.files] == []
         session.close()
+        assert not session.folder.exists()
+
+
+class TestTurns:
+    def test_long_work_is_not_waited_for(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(session_module, "_PATIENCE", 0.01)
+        said: list[str] = []
+
+        def other() -> None:
+            for ask in (session.start_again, lambda: session.find({}), lambda: write_downloads(session, 0.0)):
+                with pytest.raises(DataError) as caught:
+                    ask()
+                said.append(str(caught.value))
+
+        def ask_meanwhile(_done: int, _count: int) -> None:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+        session.find({1: OUTLINE}, progress=ask_meanwhile)
+        assert said == ["still searching: wait until that is done, then try again"] * 6
+        session.start_again()
+        assert not session.examples
+
+    def test_a_closed_session_does_nothing(self, session: Session, tmp_path: Path) -> None:
+        session.find({1: OUTLINE})
+        session.close()
+        another = [save(tmp_path / "in" / "d.png", picture(9))]
+        for ask in (
+            lambda: session.add_queries(another),
+            lambda: session.find({1: OUTLINE}),
+            lambda: write_downloads(session, 0.0),
+        ):
+            with pytest.raises(DataError, match="this page was put away"):
+                ask()
+        assert not session.folder.exists()
+
+    def test_a_search_ends_when_its_page_is_closed(self, session: Session) -> None:
+        closing: list[threading.Thread] = []
+
+        def close(_done: int, _count: int) -> None:
+            closing.append(threading.Thread(target=session.close))
+            closing[-1].start()
+            while not session._closed:
+                pass
+
+        with pytest.raises(DataError, match="this page was put away"):
+            session.find({1: OUTLINE}, progress=close)
+        closing[0].join()
+        assert len(closing) == 1
         assert not session.folder.exists()
 
 
@@ -195,6 +251,53 @@ class TestDownloads:
         first = write_downloads(session, 0.0)
         write_downloads(session, 0.1)
         assert not first.masks.exists()
+
+    def test_in_the_outbox_and_gone_with_the_session(self, engine: Engine, tmp_path: Path) -> None:
+        outbox = tmp_path / "out"
+        outbox.mkdir()
+        session = Session(engine, Limits(), tmp_path, outbox=outbox)
+        session.add_example("a.png", picture(0))
+        session.add_queries([save(tmp_path / "in" / "b.png", picture(3))])
+        session.find({1: OUTLINE})
+        assert write_downloads(session, 0.0).masks.is_relative_to(outbox)
+        session.close()
+        assert list(outbox.iterdir()) == []
+
+    def test_our_folder_is_not_told(self, session: Session) -> None:
+        session.find({1: OUTLINE})
+        session.queries[0].unlink()
+        for ask in (lambda: write_downloads(session, 0.0), lambda: session.find({1: OUTLINE})):
+            with pytest.raises(DataError, match=r"^b\.png: ") as caught:
+                ask()
+            assert str(session.parent) not in str(caught.value)
+        assert list(session.files.iterdir()) == []
+
+    def test_while_photos_are_removed(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        session.find({1: OUTLINE})
+        waiting: list[threading.Thread] = []
+        write = PhotoWriter.write
+
+        def removed_meanwhile(self: PhotoWriter, *arguments: Any) -> Any:
+            waiting.append(threading.Thread(target=session.close))
+            waiting[-1].start()
+            while not session._closed:
+                pass
+            return write(self, *arguments)
+
+        monkeypatch.setattr(PhotoWriter, "write", removed_meanwhile)
+        with pytest.raises(DataError, match="this page was put away"):
+            write_downloads(session, 0.0)
+        waiting[0].join()
+        assert not session.folder.exists()
+
+    def test_no_room(self, session: Session) -> None:
+        session.find({1: OUTLINE})
+        session.limits = dataclasses.replace(session.limits, disk_bytes=100)
+        with pytest.raises(DataError, match="no room for more files"):
+            write_downloads(session, 0.0)
+        with pytest.raises(DataError, match="no room for more files"):
+            write_downloads(session, 0.0)
+        assert list(session.files.iterdir()) == []
 
 
 class TestSessions:
@@ -233,11 +336,14 @@ class TestExample:
     def test_outline_covers_the_object(self) -> None:
         example = synthetic_example()
         assert len(example.queries) == 3
-        assert example.drawing.shapes
+        source = SyntheticSource(seed=0, size=example.support.shape[0], images_per_class=4)
+        image_id = next(one for one in source.ids("val") if np.array_equal(source.image(one), example.support))
+        (class_id,) = (number for number, name in source.class_names.items() if name == example.name)
+        mask = source.mask(image_id, class_id) == 1
+        drawn = annotation_of(example.drawing, (mask.shape[0], mask.shape[1])) == 1
+        assert (mask & drawn).sum() > 0.98 * (mask | drawn).sum()
 
     def test_outline_of_a_mask(self) -> None:
-        from fewshot_seg.app.drawings import annotation_of
-
         mask = np.zeros((30, 40), np.uint8)
         mask[5:20, 10:30] = 1
         assert np.array_equal(annotation_of(outlined(mask), (30, 40)), mask)

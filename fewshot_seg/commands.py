@@ -36,12 +36,12 @@ from fewshot_seg.runs import (
     RUN_NAME,
     benchmark_name,
     check_novel,
-    episodes_title,
     known_by_name,
     of_episodes,
     run_record,
     run_training,
     score_record,
+    title_of,
     write_evaluation,
 )
 from fewshot_seg.runtime import environment, pick_device, write_json
@@ -156,7 +156,7 @@ def report(config: ReportConfig) -> int:
 
 def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, results: dict[str, Any]) -> None:
     scoring = ", scored at original size" if config.scoring == "original" else ""
-    print(f"{episodes_title(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
+    print(f"{title_of(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
     print(text_table(_class_table(result, data)))
     print(f"\n{result.episodes} episodes, threshold {results['threshold']:.3f} {results['threshold_origin']}")
     if results["left_out"]:

@@ -16,7 +16,7 @@ from fewshot_seg.config import DemoConfig, TrainConfig
 from fewshot_seg.decoder import Decoder, PriorReadout
 from fewshot_seg.evaluation import Evaluation, choose_thresholds, evaluate, evaluate_heads
 from fewshot_seg.feature_episodes import FeatureEpisodes
-from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.fold_data import FoldData, held_out_episodes, open_fold, stored_episodes
 from fewshot_seg.metrics import IoUResult
 from fewshot_seg.priors import PRIOR_CHANNELS
 from fewshot_seg.report import Table
@@ -63,7 +63,7 @@ def run_demo(config: DemoConfig, *, show_progress: bool = False) -> DemoResult:
     data = open_fold(source, backbone, protocol, fold=0, show_progress=show_progress)
     trained = train_configured(data, _training(config), folder=None, show_progress=show_progress).segmenter
     specs = evaluation_specs(data, shots=1, count=config.episodes, seed=config.seed)
-    episodes = evaluation_episodes(data, shots=1, count=config.episodes, seed=config.seed, show_progress=show_progress)
+    episodes = stored_episodes(data, specs, show_progress=show_progress)
     scored = _score_priors(data, episodes, show_progress)
     evaluation = evaluate(
         trained,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,23 +60,30 @@ def to_original(maps: Tensor, shape: tuple[int, int], fit: Fit) -> Tensor:
 
 
 def segment_photo(
-    segmenter: FewShotSegmenter, support: SupportEncoding, square: Tensor, shape: tuple[int, int], fit: Fit
+    segmenter: FewShotSegmenter,
+    support: SupportEncoding,
+    levels: Sequence[Tensor],
+    square: Tensor,
+    shape: tuple[int, int],
+    fit: Fit,
 ) -> Prediction:
     """`FewShotSegmenter.segment` of one photo at its own size (H, W); its priors stay as the decoder read them.
 
     Args:
         segmenter, support: the model and one encoded support.
+        levels: the photo's frozen features, float (1, C, h, w) each.
         square: float (3, S, S), the photo made square by `fit`.
         shape: (H, W) of the photo.
         fit: how it was made square.
     """
+    photo = square[None]
     if fit == "squash":
-        prediction = segmenter.segment_levels(support, segmenter.backbone(square[None]), shape)
-        photo = F.interpolate(square[None], shape, mode="bilinear", align_corners=False)
-        cells = (prediction.priors.shape[2], prediction.priors.shape[3])
-        return replace(prediction, logits=segmenter.follow_edges(prediction.logits, photo, cells))
-    prediction = segmenter.segment(support, square[None])
-    logits, attention = (to_original(maps, shape, fit) for maps in (prediction.logits, prediction.attention))
+        photo = F.interpolate(photo, shape, mode="bilinear", align_corners=False)
+    prediction = segmenter.segment_levels(support, levels, (photo.shape[2], photo.shape[3]))
+    cells = (prediction.priors.shape[2], prediction.priors.shape[3])
+    logits, attention = segmenter.follow_edges(prediction.logits, photo, cells), prediction.attention
+    if fit == "pad":
+        logits, attention = (to_original(maps, shape, fit) for maps in (logits, attention))
     return replace(prediction, logits=logits, attention=attention)
 
 

@@ -162,13 +162,14 @@ def evaluate_logits(
         side, metrics = scoring_size or batch.query_masks.shape[-1], {name: EpisodeIoU() for name in cuts}
         logits = read(batch, (side, side))
         found: dict[str, list[Finding]] = {name: [] for name in cuts}
+        shown = [(spec.query_id, spec.class_id) for spec in batch.specs] if findings else []
+        others = [other_classes(source, *one, side=scoring_size, fit=fit) for one in shown]  # read once for all cuts
         for name, (head, threshold) in cuts.items():
             scored = _scored(logits, head, threshold, batch, scoring_size, source, fit)
-            for spec, (margins, target) in zip(batch.specs, scored, strict=True):
-                metrics[name].update(margins[None] > 0, target[None], [spec.class_id])
+            for row, (margins, target) in enumerate(scored):
+                metrics[name].update(margins[None] > 0, target[None], [batch.specs[row].class_id])
                 if findings:
-                    others = other_classes(source, spec.query_id, spec.class_id, side=scoring_size, fit=fit)
-                    found[name].append(find(margins, target, others, ranked=logits.rule != "vote"))
+                    found[name].append(find(margins, target, others[row], ranked=logits.rule != "vote"))
         parts.append((metrics, found, batch.specs))
     parts = gather_dealt(parts)
     specs = tuple(spec for *_, of_batch in parts for spec in of_batch)

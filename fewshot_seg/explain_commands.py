@@ -18,7 +18,7 @@ from fewshot_seg.photo_explanation import explain_files
 from fewshot_seg.photos import find_queries
 from fewshot_seg.predictors import USUAL_SIZE, method_for_photos
 from fewshot_seg.report import Figure, Section, text_table, write_page
-from fewshot_seg.runs import RUN_NAME, benchmark_name, episodes_title, run_record
+from fewshot_seg.runs import RUN_NAME, benchmark_name, run_record, title_of
 from fewshot_seg.runtime import environment, write_json
 from fewshot_seg.shipped import file_digest
 from fewshot_seg.support_photos import read_supports
@@ -54,7 +54,7 @@ def explain(config: ExplainConfig) -> int:
     )
     page = config.out / "index.html"
     figures = [Figure(path=one.path, caption=f"{one.number}. {one.title}: IoU {one.iou:.0f}%") for one in written]
-    section = Section(heading=f"{episodes_title(settings, data)}: {method.name}", figures=figures)
+    section = Section(heading=f"{title_of(settings, data)}: {method.name}", figures=figures)
     write_page(page, title="fewshot-seg explain", sections=[section])
     results = {"method": method.name, "episodes": [{"number": one.number, "iou": one.iou} for one in written]}
     write_json(config.out / RUN_NAME, run_record("explain", config, data) | {"results": results})
@@ -135,7 +135,7 @@ def _score_explainers(config: ExplainConfig, rule: ScoringRule, method: Method, 
     results = {"method": method.name, "episodes": len(records), "resolution": data.resolution, "scores": scores}
     write_json(config.out / "scores.json", results)
     write_json(config.out / RUN_NAME, run_record("explain", config, data) | {"results": results})
-    print(f"{episodes_title(settings, data)}, {len(records)} episodes at {data.resolution} pixels: {method.name}")
+    print(f"{title_of(settings, data)}, {len(records)} episodes at {data.resolution} pixels: {method.name}")
     for side, table in score_tables(scores).items():
         print(f"\n{side} side\n\n{text_table(table)}")
     print(f"\nper episode: {config.out / 'episodes.jsonl'}")

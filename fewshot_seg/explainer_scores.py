@@ -210,12 +210,9 @@ def score_explainers(
         for number, spec in enumerate(specs):
             if number in done:
                 continue
-            comparison = compare_photos(
-                segmenter, episode_photos(source, spec, support), resolution=resolution, fit=fit, seed=number
-            )
-            _, target = transform.support(
-                source.image(spec.query_id), source.mask(spec.query_id, spec.class_id), is_mask=True
-            )
+            photos = episode_photos(source, spec, support)
+            comparison = compare_photos(segmenter, photos, resolution=resolution, fit=fit, seed=number)
+            _, target = transform.support(photos.query, source.mask(spec.query_id, spec.class_id), is_mask=True)
             sane = random if (number + 1) % rule.sanity_every == 0 else None
             record = score_episode(comparison, target.to(comparison.photos.device), rule, randomised_model=sane)
             done[number] = {"number": number, "class_id": spec.class_id, **record}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from fewshot_seg.explainer_scores import SIDES, Record, Side
-from fewshot_seg.metrics import Float64Array
+from fewshot_seg.metrics import Float64Array, Int64Array, bootstrap_weights, pooled_miou
 from fewshot_seg.report import Table
 
 Bounds = tuple[float, float, float]
@@ -44,15 +44,13 @@ def summarise(records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
       that have it, and left out where none has.
     """
     count = len(records)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    weights = np.concatenate([np.ones((1, count)), draws]).astype(np.float64)
-    classes = np.asarray([record["class_id"] for record in records])
-    membership = (classes[:, None] == np.unique(classes)).astype(np.float64)
+    weights = np.concatenate([np.ones((1, count)), bootstrap_weights(count, resamples=resamples, seed=seed)])
+    class_ids = np.asarray([[record["class_id"]] for record in records], np.int64)
     found: dict[str, dict[str, Bounds]] = {}
     for name in records[0]["explainers"]:
         scores: dict[str, Bounds] = {}
         for side in SIDES:
-            for metric, statistic in _statistics(records, name, side, membership).items():
+            for metric, statistic in _statistics(records, name, side, class_ids).items():
                 scores[f"{side}: {metric}"] = _bounds(statistic, weights)
         for key in ("forward", "backward"):
             passes = float(np.mean([record["explainers"][name][key] for record in records]))
@@ -64,7 +62,7 @@ def summarise(records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
 _MEASURED = ("similarity", "match", "intersection", "union")
 
 
-def _statistics(records: Sequence[Record], name: str, side: Side, membership: Float64Array) -> dict[str, Statistic]:
+def _statistics(records: Sequence[Record], name: str, side: Side, class_ids: Int64Array) -> dict[str, Statistic]:
     """What is measured of one explainer and side, by metric."""
     measured = [record["explainers"][name][side] for record in records]
     found: dict[str, Statistic] = {}
@@ -72,7 +70,7 @@ def _statistics(records: Sequence[Record], name: str, side: Side, membership: Fl
         curves = {key: _curves(records, measured, side, mode, key) for key in _MEASURED}
         found[f"{mode}, similarity"] = _similarity_area(curves["similarity"])
         found[f"{mode}, match"] = _similarity_area(curves["match"])
-        found[f"{mode}, mIoU"] = _miou_area(curves["intersection"], curves["union"], membership)
+        found[f"{mode}, mIoU"] = _miou_area(curves["intersection"], curves["union"], class_ids)
     found["pointing game"] = _mean_of([one["pointing"] for one in measured])
     found["energy inside"] = _mean_of([one["energy"] for one in measured])
     if any("sanity" in one for one in measured):
@@ -107,13 +105,12 @@ def _similarity_area(curves: Float64Array) -> Statistic:
     return of
 
 
-def _miou_area(intersection: Float64Array, union: Float64Array, membership: Float64Array) -> Statistic:
+def _miou_area(intersection: Float64Array, union: Float64Array, class_ids: Int64Array) -> Statistic:
+    counts = np.stack([intersection, union], axis=-1)[:, None]  # (N, 1, steps + 1, 2)
+
     def of(weights: Float64Array) -> Float64Array:
-        present = weights @ membership > 0
-        both, either = (np.einsum("rn,nc,ns->rcs", weights, membership, part) for part in (intersection, union))
-        iou = np.where(either > 0, both / np.maximum(either, 1), 1.0)
-        curve = (iou * present[..., None]).sum(axis=1) / present.sum(axis=1)[:, None]
-        return _area(curve)
+        points = [pooled_miou(counts[:, :, step], class_ids, weights)[0] for step in range(counts.shape[2])]
+        return _area(np.stack(points, axis=-1)) / 100  # `pooled_miou` is in percent
 
     return of
 

@@ -98,14 +98,16 @@ def explain_photos(comparison: Comparison, photos: ShownPhotos, *, fit: Fit = "s
     """
     segmenter, query = comparison.segmenter, photos.query
     size, side = (query.shape[0], query.shape[1]), comparison.size
-    prediction = segment_photo(segmenter, comparison.support, comparison.photos[0], size, fit)
+    prediction = segment_photo(
+        segmenter, comparison.support, [level[:1] for level in comparison.levels], comparison.photos[0], size, fit
+    )
     channel = segmenter.decoder.channel if isinstance(segmenter.decoder, PriorReadout) else 0
     shown_prior = prediction.priors[:, channel] if prediction.priors.shape[1] else None
     if shown_prior is not None and fit == "pad":  # cells are too coarse to tell where the photo ends
         shown_prior = F.interpolate(shown_prior[:, None], side, mode="bilinear", align_corners=False)[:, 0]
     places = range(1, comparison.shots + 1)
     attended = [soft_attention(comparison, place) for place in places]
-    against = [background_evidence(comparison, place) for place in (0, *places)]
+    against = [background_evidence(comparison, 0), *(-one for one in attended)]  # of supports it is the same, turned
     shapes = [(image.shape[0], image.shape[1]) for image in photos.supports]
     return ExplainedPhotos(
         support_images=photos.supports,

@@ -76,9 +76,12 @@ def explain_files(
             continue
         for class_name, shown in supports.items():
             photos = _shown(shown, photo)
-            if class_name not in compared:
-                compared[class_name] = compare_photos(segmenter, photos, resolution=resolution, fit=fit)
-            comparison = compared[class_name].with_query(square.photo(photo).to(compared[class_name].photos.device))
+            if class_name in compared:  # the supports are encoded once
+                earlier = compared[class_name]
+                comparison = earlier.with_query(square.photo(photo).to(earlier.photos.device))
+            else:
+                comparison = compare_photos(segmenter, photos, resolution=resolution, fit=fit)
+            compared[class_name] = comparison
             explained = explain_photos(comparison, photos, fit=fit)
             path = folder / f"{name if len(supports) == 1 else f'{name}-{class_name}'}.png"
             title = f"{class_name}: find it in {query.name}"

@@ -145,12 +145,21 @@ def benchmark_name(data: FoldData) -> str:
     return name if images in wholes else f"{name}/{images}"
 
 
-def episodes_title(config: EpisodeSettings, data: FoldData) -> str:
-    """What is scored or drawn, in words: benchmark, fold, ways, shots, and how supports are marked."""
-    fold = "" if data.fold is None else f", fold {data.fold}"
-    ways = f"{config.ways}-way " if isinstance(config, EvaluateConfig) and config.ways > 1 else ""
-    support = "" if config.support == "mask" else f", supports marked by {config.support}"
-    return f"{benchmark_name(data)}{fold}, {ways}{config.shots}-shot{support}"
+def episodes_title(benchmark: str, fold: int | None, *, shots: int, ways: int = 1, support: str = "mask") -> str:
+    """What is scored or drawn, in words.
+
+    >>> episodes_title("PASCAL-5i", 0, shots=1, support="box")
+    'PASCAL-5i, fold 0, 1-shot, supports marked by box'
+    """
+    place = "" if fold is None else f", fold {fold}"
+    marked = "" if support == "mask" else f", supports marked by {support}"
+    return f"{benchmark}{place}, {f'{ways}-way ' if ways > 1 else ''}{shots}-shot{marked}"
+
+
+def title_of(config: EpisodeSettings, data: FoldData) -> str:
+    """`episodes_title` of a command's episodes."""
+    ways = config.ways if isinstance(config, EvaluateConfig) else 1
+    return episodes_title(benchmark_name(data), data.fold, shots=config.shots, ways=ways, support=config.support)
 
 
 def new_segmenter(

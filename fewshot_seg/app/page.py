@@ -209,6 +209,10 @@ def _hidden() -> tuple[Any, ...]:
     return (*(gr.update(visible=False) for _ in range(3)), gr.update(visible=False, value=None))
 
 
+def _uploads(label: str, name: str) -> gr.File:
+    return gr.File(label=label, file_count="multiple", file_types=sorted(PHOTO_SUFFIXES), height=150, elem_id=name)
+
+
 def build_page(
     sessions: Sessions, limits: Limits, *, threshold: float, reach: float, model: str, model_flags: Sequence[str] = ()
 ) -> gr.Blocks:
@@ -223,7 +227,6 @@ def build_page(
         model_flags: with which ``fewshot-seg predict`` takes the same one.
     """
     page = _Page(sessions, model_flags)
-    suffixes = sorted(PHOTO_SUFFIXES)
     megabytes = f"{limits.file_bytes / 1e6:g} MB"
     swept = (max(1, int(limits.sweep_seconds)), int(limits.idle_seconds))
     blocks: gr.Blocks = gr.Blocks(
@@ -243,13 +246,7 @@ def build_page(
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300, scale=5):
                 gr.Markdown("## 1. Show the object", elem_classes="step")
-                examples = gr.File(
-                    label=f"Example photos, 1 to {limits.supports}, up to {megabytes} each",
-                    file_count="multiple",
-                    file_types=suffixes,
-                    height=150,
-                    elem_id="examples",
-                )
+                examples = _uploads(f"Example photos, 1 to {limits.supports}, up to {megabytes} each", "examples")
                 example_notes = gr.HTML("", elem_classes="note", elem_id="example-notes")
                 marking = gr.HTML(
                     value={"drawings": {}},
@@ -262,13 +259,7 @@ def build_page(
                 name = gr.Textbox(label="Name of the object", placeholder="object", max_length=60, elem_id="name")
             with gr.Column(min_width=300, scale=7):
                 gr.Markdown("## 2. Find it in other photos", elem_classes="step")
-                queries = gr.File(
-                    label=f"Photos to search, up to {limits.queries}",
-                    file_count="multiple",
-                    file_types=suffixes,
-                    height=150,
-                    elem_id="queries",
-                )
+                queries = _uploads(f"Photos to search, up to {limits.queries}", "queries")
                 query_notes = gr.HTML("", elem_classes="note", elem_id="query-notes")
                 with gr.Row():
                     find = gr.Button("Find", variant="primary", elem_id="find", min_width=120)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewshot_seg.attention import attention_weights, similarity_attention
 from fewshot_seg.explainers.comparison import Comparison
-from fewshot_seg.priors import blockwise_soft_margin, log_density_ratio, soft_margin_attention
+from fewshot_seg.priors import log_density_ratio, soft_margin_attention
 
 
 def gradient_attention(comparison: Comparison, place: int) -> Tensor:
@@ -58,24 +58,12 @@ def prior(comparison: Comparison, place: int) -> Tensor:
     Of a support, it is that of its cells to what was found in the query: the same comparison from the other side, as in
     the model's second look at weakly marked supports.
     """
-    margin = _soft_margin(comparison)
     if place == 0:
-        return margin.reshape(comparison.grid)
-    found = margin.sigmoid()
+        return comparison.soft_margin.reshape(comparison.grid)
+    found = comparison.soft_margin.sigmoid()
     cosine = cells_of(comparison, place) @ cells_of(comparison, 0).T
     likeness = log_density_ratio(cosine, found, 1 - found, temperature=comparison.segmenter.temperature)
     return likeness.reshape(comparison.grid)
-
-
-def _soft_margin(comparison: Comparison) -> Tensor:
-    support = comparison.support
-    return blockwise_soft_margin(
-        cells_of(comparison, 0)[None],
-        support.cells,
-        support.foreground,
-        support.background,
-        temperature=comparison.segmenter.temperature,
-    )[0]
 
 
 def cells_of(comparison: Comparison, place: int) -> Tensor:
@@ -103,6 +91,5 @@ def soft_attention(comparison: Comparison, place: int) -> Tensor:
     for side, sign in ((support.foreground[0], 1.0), (support.background[0], -1.0)):
         weights = ((cosine - 1) / temperature).exp() * side
         pairs += sign * weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30) * cosine
-    likely = _soft_margin(comparison).sigmoid()
-    of_supports = (likely / likely.sum().clamp_min(1e-12)) @ pairs
+    of_supports = comparison.likely @ pairs
     return of_supports.reshape(comparison.shots, *comparison.grid)[place - 1]

@@ -212,9 +212,14 @@ class Comparison:
         return torch.cat([self.margins(place, self.segmenter.similarity(self._encode(part))) for part in parts])
 
     @cached_property
+    def soft_margin(self) -> Tensor:
+        """Log-ratio of the query's cells in the photos as they are, float (h*w,)."""
+        return self._soft_margins(self.support, self.cells[:1])[0]
+
+    @cached_property
     def likely(self) -> Tensor:
         """How likely each of the query's cells was found in the photos as they are, float (h*w,), summing to 1."""
-        found = self._soft_margins(self.support, self.cells[:1])[0].sigmoid()
+        found = self.soft_margin.sigmoid()
         return found / found.sum().clamp_min(1e-12)
 
     @torch.no_grad()

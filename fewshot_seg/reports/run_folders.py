@@ -11,7 +11,7 @@ from typing import Any
 from episodes.types import DataError
 from fewshot_seg.findings import Finding
 from fewshot_seg.reports.gallery import GALLERY, GALLERY_INDEX
-from fewshot_seg.runs import EVALUATION_NAME, RUN_NAME
+from fewshot_seg.runs import EVALUATION_NAME, RUN_NAME, episodes_title
 from fewshot_seg.runtime import read_json
 
 
@@ -68,16 +68,14 @@ class ReportedRun:
     @property
     def title(self) -> str:
         """Data, fold, shots: ``PASCAL-5i, fold 0, 1-shot``."""
-        fold = self.results.get("fold")
-        ways = f"{self.results['ways']}-way " if self.results.get("ways", 1) > 1 else ""
-        support = self.results.get("support", "mask")
-        parts = [
-            str(self.results["benchmark"]),
-            *([] if fold is None else [f"fold {fold}"]),
-            f"{ways}{self.results['shots']}-shot",
-            *([] if support == "mask" else [f"supports marked by {support}"]),
-        ]
-        return ", ".join(parts)
+        results = self.results
+        return episodes_title(
+            str(results["benchmark"]),
+            results.get("fold"),
+            shots=results["shots"],
+            ways=results.get("ways", 1),
+            support=results.get("support", "mask"),
+        )
 
 
 def read_run(folder: Path) -> ReportedRun:

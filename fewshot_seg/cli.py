@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
-from fewshot_seg import app_commands, commands, data_commands, explain_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
     AppConfig,
     Config,
@@ -39,29 +39,27 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
-from fewshot_seg.distributed import (
-    LostRankError,
-    Ranks,
-    SaidByFirstError,
-    TerminatedError,
-    launched_ranks,
-    process_group,
-)
+from fewshot_seg.ranks import LostRankError, Ranks, SaidByFirstError, TerminatedError, launched_ranks
 
 PROGRAM = "fewshot-seg"
-_OVER_RANKS: tuple[Callable[[Any], int], ...] = (commands.train, commands.evaluate_method)
+_OVER_RANKS = ("commands.train", "commands.evaluate_method")
 """What several processes can do together."""
 
-_Verb = tuple[type[Config], Callable[[Any], int], str]
+_Verb = tuple[type[Config], str, str]
+"""Configuration, module and function that do it (imported when it runs: torch takes seconds), explanation."""
 _VERBS: dict[str, _Verb] = {
-    "demo": (DemoConfig, commands.demo, "train and score on generated pictures: no data, no download"),
-    "train": (TrainConfig, commands.train, "train one fold"),
-    "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
-    "explain": (ExplainConfig, explain_commands.explain, "show why, in episodes or your own photos; score explainers"),
-    "report": (ReportConfig, commands.report, "write report.html of one run, or of several side by side"),
-    "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
-    "app": (AppConfig, app_commands.app, "a page in the browser: mark an object in examples, see it found in photos"),
-    "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
+    "demo": (DemoConfig, "commands.demo", "train and score on generated pictures: no data, no download"),
+    "train": (TrainConfig, "commands.train", "train one fold"),
+    "evaluate": (EvaluateConfig, "commands.evaluate_method", "score a model, or a bare prior map, on novel classes"),
+    "explain": (
+        ExplainConfig,
+        "explain_commands.explain",
+        "show why, in episodes or your own photos; score explainers",
+    ),
+    "report": (ReportConfig, "commands.report", "write report.html of one run, or of several side by side"),
+    "predict": (PredictConfig, "commands.predict", "segment your own photos from your own examples"),
+    "app": (AppConfig, "app_commands.app", "a page in the browser: mark an object in examples, see it found in photos"),
+    "export": (ExportConfig, "commands.export", "write the model as ONNX files, which run without torch"),
 }
 _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "data": (
@@ -69,16 +67,20 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
         {
             "prepare": (
                 PrepareConfig,
-                data_commands.data_prepare,
+                "data_commands.data_prepare",
                 "fetch, check and unpack VOC (with SBD), COCO, FSS-1000",
             ),
-            "verify": (VerifyConfig, data_commands.data_verify, "list every problem of a data set by file"),
+            "verify": (VerifyConfig, "data_commands.data_verify", "list every problem of a data set by file"),
             "episodes": (
                 EpisodesConfig,
-                data_commands.data_episodes,
+                "data_commands.data_episodes",
                 "write the exact episodes of a protocol and fold, which `evaluate --episodes` replays",
             ),
-            "show": (ShowConfig, data_commands.data_show, "draw what the network sees: augmented supports and queries"),
+            "show": (
+                ShowConfig,
+                "data_commands.data_show",
+                "draw what the network sees: augmented supports and queries",
+            ),
         },
     ),
     "similarity": (
@@ -86,17 +88,17 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
         {
             "train": (
                 SimilarityTrainConfig,
-                similarity_commands.similarity_train,
+                "similarity_commands.similarity_train",
                 "train on photos with labels, or on episodes of base classes",
             ),
             "evaluate": (
                 SimilarityEvaluateConfig,
-                similarity_commands.similarity_evaluate,
+                "similarity_commands.similarity_evaluate",
                 "recall@k and MAP@R, CMC and mAP, or AUC and IoU of every attention map on episodes",
             ),
             "explain": (
                 SimilarityExplainConfig,
-                similarity_commands.similarity_explain,
+                "similarity_commands.similarity_explain",
                 "draw what makes photos alike, and what a dissimilar one shares",
             ),
         },
@@ -104,10 +106,10 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "weights": (
         "trained models that come with the package",
         {
-            "list": (WeightsListConfig, weights_commands.weights_list, "names, sizes, data and scores"),
+            "list": (WeightsListConfig, "weights_commands.weights_list", "names, sizes, data and scores"),
             "verify": (
                 WeightsVerifyConfig,
-                weights_commands.weights_verify,
+                "weights_commands.weights_verify",
                 "check digests, and that each of them loads",
             ),
         },
@@ -193,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = resolve(config_class, flags, file)
         with _joined(command, config, ranks):
             working = True
-            code: int = command(config)
+            code = _load(command)(config)
     except DataError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
         return 2
@@ -209,13 +211,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _joined(command: Callable[[Any], int], config: Any, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
+def _load(command: str) -> Callable[[Any], int]:
+    module, function = command.split(".")
+    loaded: Callable[[Any], int] = getattr(importlib.import_module(f"fewshot_seg.{module}"), function)
+    return loaded
+
+
+def _joined(command: str, config: Any, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
     """The process group of a verb that several processes can do together.
 
     Raises:
         DataError: several processes, and another verb.
     """
     if command in _OVER_RANKS:
+        from fewshot_seg.distributed import process_group  # loads torch
+
         return process_group(config.device)
     if ranks.size > 1:
         raise DataError("torchrun is for the verbs train and evaluate; start this one without it")

@@ -22,8 +22,6 @@ from tqdm import tqdm
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.distributed import (
-    LostRankError,
-    TerminatedError,
     current_ranks,
     gather_dealt,
     mean_over_ranks,
@@ -31,6 +29,7 @@ from fewshot_seg.distributed import (
     raise_if_lost,
     said_once,
 )
+from fewshot_seg.ranks import LostRankError, TerminatedError
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.trainee import Trainee
 

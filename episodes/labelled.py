@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ import numpy.typing as npt
 from PIL import ImageOps
 
 from episodes.sources import SourceError
-from episodes.sources.decoding import missing_file, opened, rgb
+from episodes.sources.decoding import opened, rgb
+from episodes.sources.fingerprints import fingerprint_files
 from episodes.types import DataError, UInt8Array
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -92,16 +92,8 @@ class LabelledImages:
         return self.root / image_id
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of these photos. Raises SourceError for a missing one."""
-        digest = hashlib.sha256()
-        for image_id in image_ids:
-            path = f"{self.root}/{image_id}"
-            try:
-                entry = os.stat(path)  # noqa: PTH116  thousands of files: a Path each would double the time
-            except OSError:
-                raise missing_file(Path(path)) from None
-            digest.update(f"{image_id}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        """Hex digest of the relative paths and contents of these photos. Raises SourceError for a missing one."""
+        return fingerprint_files((image_id, (f"{self.root}/{image_id}",)) for image_id in image_ids)
 
     def select(self, labels: Collection[str]) -> LabelledImages:
         """The photos with these labels, in the same order. Raises DataError for no or an unknown label."""

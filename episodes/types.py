@@ -171,7 +171,7 @@ class MaskSource(Protocol):
         ...
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest that changes when an image or mask of these ids changes (path, size, mtime); fast."""
+        """Hex digest that changes when the content of an image or mask of these ids changes, and nowhere else."""
         ...
 
 

@@ -102,7 +102,7 @@ class CocoReader(ABC):
         return {class_id: mask for class_id, mask in masks if (mask == 1).any()}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (name, size, mtime) of the photos of these ids and of the JSON files that list them."""
+        """Hex digest of the names and contents of the photos of these ids and of the JSON files that list them."""
         found = {image_id: self._find(image_id) for image_id in image_ids}
         lists = {annotations.file for annotations, _ in found.values()}
         files = [(path.name, [str(path)]) for path in sorted(lists)]

@@ -171,7 +171,7 @@ class FolderSource:
                         yield error
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos, masks and marks of these ids, and the lists."""
+        """Hex digest of the relative paths and contents of the photos, masks and marks of these ids, and the lists."""
         files = [file for file in (self._names_file, self._labels_file) if file.exists()]
         for image_id in image_ids:
             files.append(self._photo(image_id))

@@ -146,7 +146,7 @@ class FssSource:
         return {self._class_of(image_id): mask} if mask.any() else {}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos and masks of these ids."""
+        """Hex digest of the relative paths and contents of the photos and masks of these ids."""
         names = (f"/{image_id}{suffix}" for image_id in image_ids for suffix in (".jpg", ".png"))
         return fingerprint_files((name, (f"{self.root}{name}",)) for name in names)
 

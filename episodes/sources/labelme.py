@@ -185,7 +185,7 @@ class LabelmeSource:
         return result
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (name, size, mtime) of the JSON files and photos of these ids, and of the classes' names."""
+        """Hex digest of the names and contents of the JSON files and photos of these ids, and of the classes' names."""
         files: list[tuple[str, list[str]]] = []
         for image_id in image_ids:
             labelled = self._labelled(image_id)

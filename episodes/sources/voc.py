@@ -181,7 +181,7 @@ class VocSource:
         return {class_id: one_class(labels, class_id) for class_id in _areas(labels, path)}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos and masks of these ids."""
+        """Hex digest of the relative paths and contents of the photos and masks of these ids."""
         return fingerprint_files(
             file
             for image_id in image_ids

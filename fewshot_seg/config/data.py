@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from episodes.sources.digests import default_cache
 from episodes.types import DataError
 from fewshot_seg.config.machinery import Config, setting
 
@@ -15,11 +15,6 @@ ProtocolName = Literal["hsnet", "pfenet", "bam", "repri", "custom"]
 SupportName = Literal["mask", "box", "scribble", "point", "label"]
 ShotRuleName = Literal["pooled", "vote", "mean", "reweighted", "protocol"]
 AugmentName = Literal["none", "flip", "standard", "pfenet", "colour", "strong"]
-
-
-def default_cache() -> Path:
-    """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
-    return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
 
 
 _ROOTS = {

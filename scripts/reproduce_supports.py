@@ -5,9 +5,9 @@
     python scripts/reproduce_supports.py --root ../shared/data/VOCdevkit/VOC2012 --training cross-fitted --no-bare
 
 One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot: by default the small joint
-model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted the
-recipe of the shipped models, whose threshold is 0. Beside it stands the bare soft margin with nothing trained at all,
-1-shot (not with --no-bare). Interrupted runs go on where they stopped. docs/results.md is written at the end.
+model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted
+the recipe of the shipped models, whose threshold is 0. Beside it stands the bare soft margin with nothing trained at
+all, 1-shot (not with --no-bare). Interrupted runs go on where they stopped. docs/results.md is written at the end.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/supports"), help="models and finished cells")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--training", choices=("joint", "cross-fitted"), default="joint")
-    parser.add_argument(
-        "--episodes", type=int, help="1-shot alone, so many a cell"
-    )
+    parser.add_argument("--episodes", type=int, help="1-shot alone, so many a cell")
     parser.add_argument("--jobs", type=int, default=2, help="folds at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="nothing trained, too")

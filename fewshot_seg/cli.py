@@ -1,7 +1,8 @@
 """``fewshot-seg``: flags from the configuration classes, one-line errors, exit codes.
 
 0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 3: another process of a
-run under torchrun was lost; 130: interrupted; 143: stopped by SIGTERM under torchrun.
+run under torchrun was lost; 130: interrupted; 141: nobody reads
+stdout any more; 143: stopped by SIGTERM under torchrun.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
+from episodes.writing import reason_of
 from fewshot_seg import app_commands, commands, data_commands, explain_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
     AppConfig,
@@ -45,8 +48,10 @@ from fewshot_seg.distributed import (
     SaidByFirstError,
     TerminatedError,
     launched_ranks,
+    on_first,
     process_group,
 )
+from fewshot_seg.folder_lock import folder_of_one_run
 
 PROGRAM = "fewshot-seg"
 _OVER_RANKS: tuple[Callable[[Any], int], ...] = (commands.train, commands.evaluate_method)
@@ -191,11 +196,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_class, command, file = (given.pop(name) for name in ("config_class", "command", "config"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         config = resolve(config_class, flags, file)
-        with _joined(command, config, ranks):
+        with _joined(command, config, ranks), _alone_in(config.filled):
             working = True
             code: int = command(config)
+            sys.stdout.flush()  # a disk that is full is said here, not at the interpreter's end
     except DataError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
+        return 2
+    except BrokenPipeError:  # whoever read stdout has gone: `fewshot-seg ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        _say(f"error: {_of_the_system(error)}", ranks)
+        return 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _say(f"error: a process that loads photos was lost ({error}); free memory, or lower --workers", ranks)
         return 2
     except LostRankError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks)
@@ -220,6 +237,21 @@ def _joined(command: Callable[[Any], int], config: Any, ranks: Ranks) -> context
     if ranks.size > 1:
         raise DataError("torchrun is for the verbs train and evaluate; start this one without it")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """No other run in this folder; of several ranks, the first sees to it for all."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            on_first(lambda: stack.enter_context(folder_of_one_run(folder)))
+        yield
+
+
+def _of_the_system(error: OSError) -> str:
+    """One line of what the system refused, wherever it was."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    return " ".join(f"{where}{reason_of(error)}".split())
 
 
 def _say(message: str, ranks: Ranks, *, alike: bool = False) -> None:

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from typing import Any, TypeVar
 from episodes.protocols import Pair
 from episodes.sampler import spec_to_json
 from episodes.types import DataError, EpisodeSpec, MaskSource
+from episodes.writing import atomic_path
 
 FORMAT = 1
 _KINDS: Mapping[type, str] = MappingProxyType({str: "a text", int: "a whole number", list: "a list", dict: "an object"})
@@ -157,22 +156,9 @@ def write_episodes(path: Path, file: EpisodeFile) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    text, path = episodes_as_text(file), Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=".part")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from None
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        beside.chmod(0o644)
-        beside.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    text = episodes_as_text(file)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_episodes(path: Path) -> EpisodeFile:

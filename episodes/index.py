@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.types import DataError, MaskSource, UInt8Array
+from episodes.writing import atomic_path
 
 _FORMAT = 1
 _CHUNK = 32
@@ -219,17 +219,11 @@ def _store(path: Path, index: ClassIndex) -> None:
         ],
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise DataError(f"cannot keep the index in {path.parent}: {error.strerror}; name another --cache") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, separators=(",", ":"))
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    except DataError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        raise DataError(f"cannot keep the index in {path.parent}: {reason}; name another --cache") from error
 
 
 def _load(path: Path, image_ids: tuple[str, ...], fingerprint: str) -> ClassIndex | None:

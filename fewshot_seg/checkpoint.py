@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from episodes.types import DataError
@@ -23,7 +22,7 @@ from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.base_learner import BaseLearner
 from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
-from fewshot_seg.runtime import atomic_path
+from fewshot_seg.runtime import write_safetensors
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork
 
@@ -50,8 +49,7 @@ class LoadedSegmenter:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Tensors and a JSON description in one file, written beside and renamed."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={_KEY: json.dumps(description)})
+    write_safetensors(path, plain, {_KEY: json.dumps(description)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

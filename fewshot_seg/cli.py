@@ -1,7 +1,8 @@
 """``fewshot-seg``: flags from the configuration classes, one-line errors, exit codes.
 
 0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 3: another process of a
-run under torchrun was lost; 130: interrupted; 143: stopped by SIGTERM under torchrun.
+run under torchrun was lost; 130: interrupted; 141: nobody reads
+stdout any more; 143: stopped by SIGTERM under torchrun.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from episodes.types import DataError
+from episodes.writing import reason_of
 from fewshot_seg.config import (
     AppConfig,
     Config,
@@ -39,6 +42,7 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
+from fewshot_seg.folder_lock import folder_of_one_run
 from fewshot_seg.ranks import LostRankError, Ranks, SaidByFirstError, TerminatedError, launched_ranks
 
 PROGRAM = "fewshot-seg"
@@ -193,11 +197,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_class, command, file = (given.pop(name) for name in ("config_class", "command", "config"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         config = resolve(config_class, flags, file)
-        with _joined(command, config, ranks):
+        with _joined(command, config, ranks), _alone_in(config.filled):
             working = True
             code = _load(command)(config)
+            sys.stdout.flush()  # a disk that is full is said here, not at the interpreter's end
     except DataError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
+        return 2
+    except BrokenPipeError:  # whoever read stdout has gone: `fewshot-seg ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        _say(f"error: {_of_the_system(error)}", ranks)
+        return 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _say(f"error: a process that loads photos was lost ({error}); free memory, or lower --workers", ranks)
         return 2
     except LostRankError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks)
@@ -230,6 +246,23 @@ def _joined(command: str, config: Any, ranks: Ranks) -> contextlib.AbstractConte
     if ranks.size > 1:
         raise DataError("torchrun is for the verbs train and evaluate; start this one without it")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """No other run in this folder; of several ranks, the first sees to it for all."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            from fewshot_seg.distributed import on_first  # loads torch
+
+            on_first(lambda: stack.enter_context(folder_of_one_run(folder)))
+        yield
+
+
+def _of_the_system(error: OSError) -> str:
+    """One line of what the system refused, wherever it was."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    return " ".join(f"{where}{reason_of(error)}".split())
 
 
 def _say(message: str, ranks: Ranks, *, alike: bool = False) -> None:

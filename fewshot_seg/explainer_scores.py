@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.explainers import EXPLAINERS, Comparison, Explanation, run_explainer

@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.sources import JointSource
 from episodes.types import DataError, MaskSource, PhotoFiles, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.runtime import atomic_path
+from fewshot_seg.runtime import write_safetensors
 
 DEFAULT_BYTE_BUDGET = 4 * 2**30
 
@@ -174,7 +174,10 @@ class FeatureStore:
     def _compute(self, image_ids: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         images = []
         for image_id in image_ids:
+            name = self._name(image_id)
             images.append(self._transform.photo(self._source.image(image_id)))
+            if content_name(self._source, image_id) != name:  # else its features would go by another photo's name
+                raise DataError(f"photo {image_id} was changed while it was read; leave it as it is and run again")
         device = next(self._backbone.parameters()).device
         levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
         # clone: a view would keep the whole batch in memory
@@ -190,9 +193,8 @@ class FeatureStore:
             while len(self._memory) * self._bytes_per_image > self._byte_budget:
                 self._memory.popitem(last=False)
             return
-        with atomic_path(path) as temporary:
-            tensors = {f"level{i}": level.contiguous() for i, level in enumerate(maps)}
-            save_file(tensors, temporary, metadata={_CHECKSUM: _checksum(maps)})
+        tensors = {f"level{i}": level.contiguous() for i, level in enumerate(maps)}
+        write_safetensors(path, tensors, {_CHECKSUM: _checksum(maps)})
         self._touch(path)
         self._bytes_written += self._bytes_per_image
         if self._bytes_written > _RECOUNT_SHARE * self._byte_budget:
@@ -248,11 +250,12 @@ def _checksum(levels: Sequence[Tensor]) -> str:
 def _feature_files(directory: Path) -> OrderedDict[Path, int]:
     """Feature files and their bytes, least recently used first; nothing else that lies in the directory."""
     found = []
-    for file in directory.glob("*/*.safetensors"):
-        if _FEATURE_FILE.fullmatch(file.relative_to(directory).as_posix()):
-            with contextlib.suppress(OSError):  # another run has just evicted it
-                status = file.stat()
-                found.append((status.st_mtime_ns, file, status.st_size))
+    with contextlib.suppress(FileNotFoundError):  # somebody is deleting the cache
+        for file in directory.glob("*/*.safetensors"):
+            if _FEATURE_FILE.fullmatch(file.relative_to(directory).as_posix()):
+                with contextlib.suppress(OSError):  # another run has just evicted it
+                    status = file.stat()
+                    found.append((status.st_mtime_ns, file, status.st_size))
     return OrderedDict((file, size) for _, file, size in sorted(found))
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.distributed import (
@@ -77,11 +77,19 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """Loss of every step taken in this call, its seconds, and the number of steps that the weights have seen."""
+    """Outcome of `optimise`.
+
+    Attributes:
+        losses: of every step taken in this call.
+        seconds: of this call.
+        steps: that the weights have seen.
+        last_loss: of the last of them, whichever call took it; None in what an earlier version left off.
+    """
 
     losses: tuple[float, ...]
     seconds: float
     steps: int
+    last_loss: float | None = None
 
 
 def learning_rate_at(step: int, steps: int, peak: float, schedule: Schedule) -> float:
@@ -164,7 +172,9 @@ def optimise(
     finally:
         run.close()
         trainee.set_training(False)
-    return TrainingResult(losses=tuple(taken), seconds=time.perf_counter() - began, steps=run.step)
+    return TrainingResult(
+        losses=tuple(taken), seconds=time.perf_counter() - began, steps=run.step, last_loss=run.last_loss
+    )
 
 
 class _Run:
@@ -178,6 +188,7 @@ class _Run:
             raise DataError("nothing to train: no part of this model has parameters")
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=plan.weight_decay)
         self.step, self.updating = 0, False
+        self.last_loss: float | None = None
         if folder is not None and resume:
             self._load(folder / CHECKPOINT_NAME)
         self.writer = None
@@ -215,8 +226,9 @@ class _Run:
         self.step += 1
         if self.step % self.log_every == 0:
             self._log(**{name: value.item() for name, value in named.items()}, rate=rate)
+        self.last_loss = float(named["loss"].detach())
         self.updating = False
-        return float(named["loss"].detach())
+        return self.last_loss
 
     def save(self) -> None:
         if self.folder is None:
@@ -226,7 +238,7 @@ class _Run:
             for number, parameter in enumerate(self.parameters)
             for name, value in self.optimiser.state.get(parameter, {}).items()
         }
-        description = {"format": 1, "step": self.step, "plan": self.plan.as_json()}
+        description = {"format": 1, "step": self.step, "plan": self.plan.as_json(), "loss": self.last_loss}
         write_tensors(self.folder / CHECKPOINT_NAME, self.trainee.tensors() | state, description)
 
     def save_last(self) -> str:
@@ -262,7 +274,7 @@ class _Run:
                 self.optimiser.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
                 }
-        self.step = int(description["step"])
+        self.step, self.last_loss = int(description["step"]), description.get("loss")
 
     def _cut_log(self, path: Path) -> None:
         """Drop lines beyond the checkpoint: a killed run may have logged steps that it then lost."""

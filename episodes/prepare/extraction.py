@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from tqdm import tqdm
-
+from episodes.progress import tqdm
 from episodes.types import DataError
 
 _LEAST = 512  # what an entry takes at least: a million empty files are a bomb too
@@ -94,7 +93,7 @@ class _Budget:
             )
 
 
-def _extract_tar(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm[None]) -> None:
+def _extract_tar(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm) -> None:
     with path.open("rb") as file, tarfile.open(fileobj=file) as archive:
         for member in archive:
             budget.admit(member.name, member.size, is_file=member.isfile())
@@ -104,7 +103,7 @@ def _extract_tar(path: Path, folder: Path, wanted: Sequence[str], budget: _Budge
             progress.update(file.tell() - progress.n)
 
 
-def _extract_zip(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm[None]) -> None:
+def _extract_zip(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         for member in members:  # a zip lists its members at once: refused before anything is written

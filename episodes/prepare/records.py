@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from episodes.progress import tqdm
 from episodes.types import DataError
+from episodes.writing import atomic_path
 
 RECORD_NAME = "prepared.json"
 _CHUNK = 1 << 20
@@ -88,7 +88,5 @@ def read_record(target: Path) -> dict[str, Any]:
 
 def write_record(target: Path, archives: Mapping[str, Any]) -> None:
     """`prepared.json`, written beside and renamed."""
-    path = target / RECORD_NAME
-    temporary = path.with_name(f".{RECORD_NAME}.writing")
-    temporary.write_text(json.dumps({"archives": archives}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_path(target / RECORD_NAME) as temporary:
+        temporary.write_text(json.dumps({"archives": archives}, indent=1) + "\n", encoding="utf-8")

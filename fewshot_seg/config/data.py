@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from episodes.sources.digests import default_cache
 from episodes.types import DataError
@@ -87,6 +87,8 @@ class VerifyConfig(DataSettings):
 class PrepareConfig(Config):
     """``fewshot-seg data prepare``."""
 
+    fills: ClassVar[str | None] = "target"
+
     data_set: Literal["voc", "coco", "fss"] = setting("which data set", positional=True)
     target: Path = setting("folder that the data set goes to")
     archives: Path | None = setting("folder of archives that are on disk already (default: they are fetched)", None)
@@ -110,6 +112,8 @@ class EpisodesConfig(DataSettings, CacheSettings):
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig(DataSettings, CacheSettings):
     """``fewshot-seg data show``."""
+
+    fills: ClassVar[str | None] = "out"
 
     fold: int = setting("test fold", 0, minimum=0, maximum=3)
     part: Literal["training", "evaluation"] = setting("which episodes", "training")

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from episodes.types import DataError
 
@@ -118,6 +118,15 @@ class Config:
     Raises:
         DataError: a value outside its choices or bounds.
     """
+
+    fills: ClassVar[str | None] = None
+    """The setting that names the folder which the verb fills, and which is of one run at a time."""
+
+    @property
+    def filled(self) -> Path | None:
+        """The folder that the verb fills; None where it writes single files, or none."""
+        folder: Path | None = None if self.fills is None else getattr(self, self.fills)
+        return folder
 
     def __post_init__(self) -> None:
         for one in settings_of(type(self)):

@@ -96,6 +96,7 @@ def read_run(folder: Path) -> ReportedRun:
     try:
         episodes = results.pop("episodes")
         names = {int(class_id): str(name) for class_id, name in results.pop("class_names").items()}
+        _check_pair(folder, record, results)
         panels, drawn = _read_gallery(folder, str(results["episodes_fingerprint"]))
         run = ReportedRun(
             folder=folder,
@@ -112,6 +113,16 @@ def read_run(folder: Path) -> ReportedRun:
             "version or of `similarity evaluate`: evaluate again"
         ) from error
     return run
+
+
+def _check_pair(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Raises DataError where the two files are of different runs: one was killed between them."""
+    beside = record["results"]
+    if any(beside[name] != results[name] for name in ("episodes_fingerprint", "method", "threshold", "miou")):
+        raise DataError(
+            f"{folder}: {RUN_NAME} and {EVALUATION_NAME} are of different runs, the later of which was interrupted; "
+            "evaluate again"
+        )
 
 
 def _episode(number: int, stored: Mapping[str, Any], names: Mapping[int, str], panels: Any) -> ReportedEpisode:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from episodes.files import user_path
 from episodes.types import DataError
 from fewshot_seg import app_commands, commands, data_commands, explain_commands, similarity_commands, weights_commands
 from fewshot_seg.config import (
@@ -179,7 +180,7 @@ def _help(setting: Setting) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return user_path(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from episodes.files import read_text
 from episodes.types import DataError
 
 _RECORDED = ("fewshot-seg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "albumentations", "numpy")
@@ -107,8 +108,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *, what: str) -> Any:
     """Parsed JSON. Raises DataError naming the file when it is missing or damaged; `what` says what it should be."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
-        raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
-    except ValueError as error:
+        raise DataError(f"cannot read {what} {path}: {error.strerror}; check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what} {path} is not valid JSON ({error}); delete it or restore it") from error

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
 
-from episodes.sources.decoding import missing_file
+from episodes.matlab_files import read_matlab
+from episodes.sources.decoding import missing_file, reason_of
 from episodes.sources.errors import SourceError
 from episodes.types import DataError, UInt8Array
+
+_MOST_BYTES = 200_000_000  # SBD's labels have half a megapixel: a few hundred kB
 
 
 def find_sbd(root: Path) -> Path:
@@ -38,14 +40,15 @@ def read_sbd_labels(path: Path) -> UInt8Array:
         SourceError: missing or damaged file, or a MATLAB file of another kind.
     """
     try:
-        with path.open("rb") as file:
-            content = loadmat(file, variable_names=["GTcls"])
+        content = read_matlab(path, most_bytes=_MOST_BYTES, variable_names=["GTcls"])
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(path) from None
     except Exception as error:  # SciPy's readers raise whatever damaged bytes lead them to
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
-            path, "undecodable", f"not a readable MATLAB file ({reason})", "unpack it from SBD's archive again"
+            path,
+            "undecodable",
+            f"not a readable MATLAB file ({reason_of(error)})",
+            "unpack it from SBD's archive again",
         ) from None
     return _segmentation(content, path)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from episodes.files import user_path
 from episodes.types import DataError
 from fewshot_seg.config.machinery import Config, setting
 
@@ -19,7 +20,7 @@ AugmentName = Literal["none", "flip", "standard", "pfenet", "colour", "strong"]
 
 def default_cache() -> Path:
     """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
-    return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
+    return user_path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg")
 
 
 _ROOTS = {

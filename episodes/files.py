@@ -47,7 +47,7 @@ def require_file(path: Path | str) -> None:
     except ValueError:  # a NUL, or half a character
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for is_one, name in _KINDS:
         if is_one(mode):
             raise OSError(errno.EINVAL, f"it is {name}, no file", str(path))

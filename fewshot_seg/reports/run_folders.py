@@ -106,7 +106,7 @@ def read_run(folder: Path) -> ReportedRun:
             class_names=names,
         )
         _check(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError) as error:
         raise DataError(
             f"{folder} is no run that can be reported ({type(error).__name__}: {error}); it may be of an earlier "
             "version or of `similarity evaluate`: evaluate again"

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from episodes.files import is_file
 from episodes.sources.annotation_files import shown
-from episodes.sources.decoding import reason_of
 from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.base_learner import BaseLearner
@@ -73,8 +72,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             description = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # of safetensors, of the file system, of JSON, of types that torch lacks
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise DataError(f"{path} is damaged or was not written by fewshot-seg ({reason}); train it again") from error
+        raise DataError(
+            f"{path} is damaged or was not written by fewshot-seg ({error!r:.300}); train it again"
+        ) from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise DataError(f"{path} has another file format than {_FORMAT}; use the version of fewshot-seg that wrote it")
     return tensors, description
@@ -210,8 +210,7 @@ def _described(path: Path) -> Iterator[None]:
             raise
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # its values go into constructors, of torch and timm too
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise DataError(f"{path} lacks a part of its description ({reason}); train it again") from error
+        raise DataError(f"{path} lacks a part of its description ({error!r:.300}); train it again") from error
 
 
 def _parts_of(

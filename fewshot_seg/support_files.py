@@ -121,9 +121,10 @@ def _check_origin(
     path: Path, description: dict[str, Any], segmenter: FewShotSegmenter, resolution: int, fit: Fit
 ) -> None:
     backbone = segmenter.backbone
-    if (description.get("backbone"), description.get("backbone_fingerprint")) != (backbone.name, backbone.fingerprint):
+    made_by = description.get("backbone")
+    if (made_by, description.get("backbone_fingerprint")) != (backbone.name, backbone.fingerprint):
         raise DataError(
-            f"{path} was made with other weights or strides of a backbone ({shown(description.get('backbone'), 60)}) than "
+            f"{path} was made with other weights or strides of a backbone ({shown(made_by, 60)}) than "
             f"{backbone.name} here; give the model that made it, or save the supports again"
         )
     if description.get("model") != model_digest(segmenter):

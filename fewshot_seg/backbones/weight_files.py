@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raises ValueError for a PyTorch file, which is a zip, whose members are compressed: PyTorch itself stores them."""
+    """Raises ValueError for a PyTorch file, which is a zip, with compressed members: PyTorch itself stores them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:

@@ -110,12 +110,13 @@ def _open_cars(root: Path | str) -> RetrievalData:
     annotations = root / "cars_annos.mat"
     content = _matlab(annotations)
     try:
-        names = {n: f"{n:03d}.{name}" for n, name in enumerate(np.atleast_1d(content["class_names"]), start=1)}
-        entries = np.atleast_1d(content["annotations"])
+        names = {n: f"{n:03d}.{name}" for n, name in enumerate(content["class_names"], start=1)}
+        entries = content["annotations"]
         listed = [
-            (str(path), int(number)) for path, number in zip(entries["relative_im_path"], entries["class"], strict=True)
+            (str(path), int(np.asarray(number).item()))
+            for path, number in zip(entries["relative_im_path"], entries["class"], strict=True)
         ]
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
         raise SourceError(
             annotations,
             "undecodable",
@@ -127,8 +128,8 @@ def _open_cars(root: Path | str) -> RetrievalData:
 
 def _matlab(path: Path) -> dict[str, Any]:
     try:
-        return read_matlab(path, most_bytes=_MOST_MATLAB_BYTES, squeeze_me=True)
-    except Exception as error:  # the reader raises whatever its parts raise on damaged files
+        return read_matlab(path, most_bytes=_MOST_MATLAB_BYTES)
+    except (OSError, ValueError) as error:
         why = reason_of(error)
         raise SourceError(path, "undecodable", f"not a readable MATLAB file ({why})", "fetch it again") from None
 

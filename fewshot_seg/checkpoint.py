@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -227,19 +227,17 @@ def _parts_of(
     if description.get("base_learner") is not None:
         makers["base_learner"] = lambda: BaseLearner(**description["base_learner"])
     _check_sizes([description["decoder"], description.get("completion"), description.get("base_learner")], tensors)
-    return {name: _sized_as_stored(make, tensors, name, path) for name, make in makers.items()}
+    return _sized_as_stored(makers, tensors, path)
 
 
-_Part = TypeVar("_Part", bound=nn.Module)
-
-
-def _sized_as_stored(make: Callable[[], _Part], tensors: Mapping[str, Tensor], name: str, path: Path) -> _Part:
-    """What `make` makes, once it is known to be as large as what the file holds: memory is not taken on its word."""
+def _sized_as_stored(
+    makers: Mapping[str, Callable[[], nn.Module]], tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, nn.Module]:
+    """What the makers make, once it is known to be as large as the tensors: a file's word alone takes no memory."""
     with torch.device("meta"):
-        sketch = {f"{name}.{key}": value for key, value in make().state_dict().items()}
-    stored = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    _check_names(sketch, stored, path)
-    return make()
+        sketches = {part: make().state_dict() for part, make in makers.items()}
+    _check_names({f"{part}.{key}": one for part, own in sketches.items() for key, one in own.items()}, tensors, path)
+    return {part: make() for part, make in makers.items()}
 
 
 def _check_sizes(descriptions: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
@@ -348,12 +346,10 @@ def load_similarity(
     tensors, description = read_tensors(path)
     with _described(path):
         backbone = _backbone_of(description, backbone_weights, path)
-        similarity = _sized_as_stored(
-            lambda: SimilarityNetwork(backbone.channels, rank=_whole(description, "similarity_rank")),
-            tensors,
-            "similarity",
-            path,
-        )
+        rank = _whole(description, "similarity_rank")
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("similarity.")}
+        _sized_as_stored({"similarity": lambda: SimilarityNetwork(backbone.channels, rank=rank)}, own, path)
+        similarity = SimilarityNetwork(backbone.channels, rank=rank)
         resolution, notes = _resolution(description), _notes(description)
     load_part(similarity, tensors, prefix="similarity.", where=path)
     where = device or torch.device("cpu")

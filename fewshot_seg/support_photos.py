@@ -84,7 +84,7 @@ def _boxes(text: str, boxes: Sequence[Sequence[int]], shape: tuple[int, int]) ->
     marks = np.zeros(shape, np.uint8)
     for left, top, right, bottom in boxes:
         if right <= left or bottom <= top:
-            raise DataError(f"--support {text!r}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
+            raise DataError(f"--support {text!r:.200}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
         marks[top:bottom, left:right] = IGNORE
     return marks
 
@@ -108,12 +108,12 @@ def _numbers(text: str, value: str, count: int, photo: Photo) -> list[int]:
         numbers = []
     if len(numbers) != count:
         expected = "box=X0,Y0,X1,Y1" if count == 4 else "point=X,Y"
-        raise DataError(f"--support {text!r}: expected {expected} in pixels, got {value!r}")
+        raise DataError(f"--support {text!r:.200}: expected {expected} in pixels, got {value!r:.100}")
     height, width = photo.shape
     room = 0 if count == 4 else -1  # a box may end at the border, a point must be on a pixel
     if not all(0 <= x <= width + room for x in numbers[::2]) or not all(0 <= y <= height + room for y in numbers[1::2]):
         raise DataError(
-            f"--support {text!r}: {value} lies outside the photo, which is {width}x{height} pixels (upright)"
+            f"--support {text!r:.200}: {value:.100} lies outside the photo, which is {width}x{height} pixels (upright)"
         )
     return numbers
 
@@ -138,7 +138,7 @@ def _split_pair(pair: str) -> tuple[Path, Path]:
             return photo, mask
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
         raise DataError(
-            f"--support {pair!r}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
+            f"--support {pair!r:.200}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
             "PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone, each with or without NAME= "
             "of its class before it"
         )

@@ -30,7 +30,7 @@ def fingerprint_files(groups: Iterable[tuple[str, Iterable[str]]]) -> str:
             first = place if first is None else first
             try:
                 entry = os.stat(place)  # noqa: PTH116  thousands of files: a Path each would double the time
-            except OSError:
+            except (OSError, ValueError):  # not there, or a name that no file can have
                 continue
             suffix = f"\0{number}" if number else ""
             digest.update(f"{key}{suffix}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())

@@ -40,10 +40,10 @@ def read_sbd_labels(path: Path) -> UInt8Array:
         SourceError: missing or damaged file, or a MATLAB file of another kind.
     """
     try:
-        content = read_matlab(path, most_bytes=_MOST_BYTES, variable_names=["GTcls"])
+        content = read_matlab(path, most_bytes=_MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(path) from None
-    except Exception as error:  # SciPy's readers raise whatever damaged bytes lead them to
+    except (OSError, ValueError) as error:
         raise SourceError(
             path,
             "undecodable",
@@ -55,8 +55,8 @@ def read_sbd_labels(path: Path) -> UInt8Array:
 
 def _segmentation(content: dict[str, Any], path: Path) -> UInt8Array:
     try:
-        labels = np.asarray(content["GTcls"].reshape(-1)[0]["Segmentation"])
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+        labels = np.asarray(content["GTcls"]["Segmentation"][0])
+    except (KeyError, IndexError, ValueError, TypeError):
         labels = np.zeros(0, dtype=np.float64)
     whole = labels.ndim == 2 and labels.size > 0 and labels.dtype.kind in "uif"
     if not whole or labels.min() < 0 or labels.max() > 255 or (labels != np.floor(labels)).any():

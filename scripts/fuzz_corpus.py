@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from pycocotools import mask as run_length
 from scipy.io import savemat
 from torch import nn
 
@@ -54,7 +54,6 @@ from fewshot_seg.optimisation import Plan, optimise
 from fewshot_seg.photos import find_queries, open_photo, read_object_mask, read_photo
 from fewshot_seg.reports import read_run, write_report
 from fewshot_seg.runs import check_folder
-from fewshot_seg.runtime import write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.shipped import ShippedModel, shipped_models, write_manifest
 from fewshot_seg.support_files import load_support, save_support
@@ -167,6 +166,11 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def _compressed() -> str:
+    half = np.asfortranarray(np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 5 == 0, np.uint8)
+    return str(run_length.encode(half)["counts"].decode())
+
+
 def coco_document() -> dict[str, Any]:
     """Polygons, run lengths, crowds and a box."""
     area = SIDE * SIDE
@@ -181,7 +185,7 @@ def coco_document() -> dict[str, Any]:
              "segmentation": {"size": [SIDE, SIDE], "counts": [100, 50, area - 150]}},
             {"id": 3, "image_id": 2, "category_id": 2, "bbox": [5, 5, 9, 9], "segmentation": []},
             {"id": 4, "image_id": 2, "category_id": 1,
-             "segmentation": {"size": [SIDE, SIDE], "counts": "T3d2X4bZ1"}},
+             "segmentation": {"size": [SIDE, SIDE], "counts": _compressed()}},
         ],
     }  # fmt: skip
 
@@ -675,6 +679,11 @@ def unpack(path: Path) -> None:
     assert sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) <= 300_000
 
 
+def read_own_protocol(path: Path) -> None:
+    """As `--protocol-file`."""
+    assert read_protocol(path).episodes >= 1
+
+
 def read_part(path: Path) -> None:
     """What a broken download is recognised by; None is always an answer."""
     origin = Part(path.parent, "a.zip").origin()
@@ -766,11 +775,12 @@ def read_upload(path: Path) -> None:
 def read_page(path: Path) -> None:
     """What the configuration of `predict` and `evaluate` takes from a file."""
     for config in (PredictConfig, EvaluateConfig):
-        resolve(config, {}, path)
+        resolve(config, {"support": ("a.jpg",), "query": ("b.jpg",)} if config is PredictConfig else {}, path)
 
 
 _DRAWING = {"kind": "mask", "shapes": [
-    {"tool": "outline", "points": [[1, 1], [20, 1], [20, 30]]}, {"tool": "brush", "points": [[3, 3], [9, 9]], "radius": 4},
+    {"tool": "outline", "points": [[1, 1], [20, 1], [20, 30]]},
+    {"tool": "brush", "points": [[3, 3], [9, 9]], "radius": 4},
     {"tool": "eraser", "points": [[5, 5]], "radius": 2}]}  # fmt: skip
 _TOML = b"""steps = 3
 learning-rate = 1e-3
@@ -862,7 +872,7 @@ def targets() -> list[Target]:
             EpisodeSpec(class_id=1, support_ids=("a",), query_id="b", seed=3)).encode()}, kind="json",
                read=read_spec, share=2),
         Target(name="index", seeds={"i.json": index_file()}, kind="json", read=read_index, share=2),
-        Target(name="protocol TOML", seeds={"p.toml": _PROTOCOL}, kind="text", read=lambda path: void(read_protocol(path)),
+        Target(name="protocol TOML", seeds={"p.toml": _PROTOCOL}, kind="text", read=read_own_protocol,
                share=3),
         Target(name="configuration TOML", seeds={"c.toml": _TOML}, kind="text", read=read_configuration, share=3),
         Target(name="configuration TOML", seeds={"c.toml": b'threshold = 0.5\ndevice = "cpu"\n'}, kind="text",
@@ -900,10 +910,6 @@ def targets() -> list[Target]:
     return [*found, *real_targets()]
 
 
-def void(_: object) -> None:
-    """Nothing of a result."""
-
-
 def real_targets() -> Iterator[Target]:
     """Files of VOC and COCO, where they are."""
     voc, coco = (os.environ.get(f"FEWSHOT_SEG_{name}") for name in ("VOC", "COCO"))
@@ -935,6 +941,3 @@ def _real_coco(root: Path) -> Iterator[Target]:
         beside={f"coco/{photo['file_name']}": (root / "val2017" / photo["file_name"]).read_bytes()},
         read=lambda path: exhaust(CocoJsonSource(path), "all"),
     )  # fmt: skip
-
-
-_ = SimpleNamespace, write_json

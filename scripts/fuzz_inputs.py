@@ -34,8 +34,10 @@ _NUMBERS = (
     2**64 - 1,
 )
 _WORDS = (
-    "", " ", "..", "../../../etc/passwd", "/etc/passwd", "C:\\x", "a\nb", "a\0b", "\ud800", "\x1b[2J", "é" * 30, "x" * 5000,
-    "~nobody/x", "one", "cat", "__ignore__", "hub", "random", "nan", "-1", "1e999", "\u202e", "a" * 300 + ".jpg", "%s%n",
+    "", " ", "..", "../../../etc/passwd", "/etc/passwd", "C:\\x", "a\nb", "a\0b", "\ud800", "\x1b[2J", "é" * 30,
+    "x" * 5000,
+    "~nobody/x", "one", "cat", "__ignore__", "hub", "random", "nan", "-1", "1e999", "\u202e", "a" * 300 + ".jpg",
+    "%s%n",
     "p1.jpg", "mask", "context", "similarity", "general", _DEEP,
 )  # fmt: skip
 
@@ -64,9 +66,9 @@ def json_values() -> st.SearchStrategy[Any]:
     )
 
 
-_OPERATIONS = ("replace", "replace", "replace", "delete", "double", "rename", "wrap", "many")
+_OPERATIONS = ("tweak", "tweak", "tweak", "replace", "replace", "delete", "double", "rename", "wrap", "many")
 _changes = st.lists(
-    st.tuples(st.integers(0, 10**6), st.sampled_from(_OPERATIONS), json_values()), min_size=1, max_size=3
+    st.tuples(st.integers(0, 10**6), st.sampled_from(_OPERATIONS), json_values()), min_size=1, max_size=2
 )
 
 
@@ -78,6 +80,8 @@ def changed_json(value: Any, changes: list[tuple[int, str, Any]]) -> Any:
         parent, key = places[number % len(places)]
         if operation == "replace":
             parent[key] = other
+        elif operation == "tweak":
+            parent[key] = _tweaked(parent[key], number)
         elif operation == "wrap":
             parent[key] = [parent[key]]
         elif operation == "delete" and parent is not holder:
@@ -89,6 +93,17 @@ def changed_json(value: Any, changes: list[tuple[int, str, Any]]) -> Any:
         elif operation == "many":
             parent[key] = [parent[key]] * 50
     return holder[""]
+
+
+def _tweaked(value: Any, number: int) -> Any:
+    """Nearly the same, of the same kind."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return (value + 1, value - 1, -value, value / 2, value * 10, float(value))[number % 6]
+    if isinstance(value, str):
+        return (value + "x", value[:-1], value.upper(), f" {value}", f"{value}/..")[number % 5]
+    return value[:-1] if isinstance(value, list) else {**value, "more": number}
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -151,8 +166,10 @@ def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
 _bomb = zlib.compress(bytes(50_000_000), 9)
 _EXTRA = {
     b"iCCP": b"name\0\0" + _bomb, b"zTXt": b"Comment\0\0" + _bomb, b"iTXt": b"Comment\0\1\0\0\0" + _bomb,
-    b"tRNS": b"\1\2\3", b"acTL": struct.pack(">II", 2**31 - 1, 0), b"eXIf": b"MM\0*\xff\xff\xff\xff", b"PLTE": b"\1" * 5,
-    b"tEXt": b"a\0" + b"b" * 100_000, b"fcTL": bytes(26), b"IDAT": b"", b"IEND": b"", b"gAMA": b"", b"cHRM": b"\xff" * 32,
+    b"tRNS": b"\1\2\3", b"acTL": struct.pack(">II", 2**31 - 1, 0),
+    b"eXIf": b"MM\0*\xff\xff\xff\xff", b"PLTE": b"\1" * 5,
+    b"tEXt": b"a\0" + b"b" * 100_000, b"fcTL": bytes(26), b"IDAT": b"", b"IEND": b"", b"gAMA": b"",
+    b"cHRM": b"\xff" * 32,
 }  # fmt: skip
 
 
@@ -186,9 +203,12 @@ def _structured_text(content: bytes) -> st.SearchStrategy[bytes]:
     """Words of the text replaced, lines doubled, values as TOML or a list would have them."""
     lines = content.decode().split("\n")
     values = st.sampled_from(
-        ["nan", "inf", "-inf", "1e999", "9" * 5000, "0x" + "f" * 400, "true", '""', "[]", "[[1]]", "{}", "1979-05-27", '"\\u0000"',
-         '"~nobody/x"', "-1", "0", "[1, 'a']", "'''", "[" * 2000, "a = " * 50, "../../x", "\0", "é", "#", "=", ":", "box=nan,0,1,1",
-         "point=inf,1", "box=1e400,0,1,1", "+", "*", "**", "[!", "x" * 5000, "1_0", "٣", "\ufeff", "\u2028", "\udc80", "~", "~root"]
+        ["nan", "inf", "-inf", "1e999", "9" * 5000, "0x" + "f" * 400, "true", '""', "[]", "[[1]]", "{}",
+         "1979-05-27", '"\\u0000"',
+         '"~nobody/x"', "-1", "0", "[1, 'a']", "'''", "[" * 2000, "a = " * 50, "../../x", "\0", "é", "#", "=", ":",
+         "box=nan,0,1,1",
+         "point=inf,1", "box=1e400,0,1,1", "+", "*", "**", "[!", "x" * 5000, "1_0", "٣", "\ufeff", "\u2028",
+         "\udc80", "~", "~root"]
     ) | st.text(max_size=6)  # fmt: skip
 
     def build(changes: list[tuple[int, int, str]]) -> bytes:
@@ -319,8 +339,9 @@ def inputs_of(target: Target, number: int, seed_number: int, count: int) -> Iter
     Hypothesis draws for blocks of inputs, so that some can be made again without all.
     """
     seeds = list(target.seeds.items())
-    everything = [*(content for _, content in seeds), *photo_files().values(), *mask_files().values(), b"just text\n",
-                  b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", b"PK\x03\x04" + bytes(30), b"[]", b"{}",
+    everything = [*(content for _, content in seeds), *photo_files().values(), *mask_files().values(), b"text\n",
+                  b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", b"PK\x03\x04" + bytes(30),
+                  b"[]", b"{}",
                   b"\x80\x02]q\x00.", bytes(1000)]  # fmt: skip
     for block in range(-(-count // _BLOCK)):
         chance = random.Random(f"{seed_number}/{number}/{block}")

@@ -32,6 +32,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except AttributeError as error:  # a list or a tensor has no items()
         raise DataError(f"{path} holds no state dict: expected a mapping of names to tensors") from error
     except Exception as error:  # each reader has its own exceptions; the user needs one line that names the file
+        if "weights_only" in str(error):  # its text goes on to say how to run it all the same
+            raise DataError(
+                f"cannot read weights from {path}: it holds code or objects beside tensors, and none of that is run; "
+                "save its state dict alone, or get the weights as .safetensors"
+            ) from error
         raise DataError(f"cannot read weights from {path}: {first_line(error)}") from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()

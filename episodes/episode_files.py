@@ -33,8 +33,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from episodes.files import read_text
 from episodes.protocols import Pair
 from episodes.sampler import spec_to_json
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError, EpisodeSpec, MaskSource
 from episodes.writing import atomic_path
 
@@ -169,7 +171,7 @@ def read_episodes(path: Path) -> EpisodeFile:
             that do not have the fingerprint written beside them. The message names the file and the place.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise DataError(f"cannot read episodes {path}: {error.strerror}; name a file of episodes") from None
     except (ValueError, RecursionError) as error:
@@ -244,7 +246,7 @@ def _of_kind(value: Any, kind: type[_Kind], place: str) -> _Kind:
 
 
 def _shown(value: object) -> str:
-    return repr(value)[:60]
+    return shown(value, 60)
 
 
 def check_episodes(file: EpisodeFile, source: MaskSource, split: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from episodes.files import read_text
 from episodes.progress import tqdm
 from episodes.types import DataError, MaskSource, UInt8Array
 from episodes.writing import atomic_path
@@ -229,12 +230,12 @@ def _store(path: Path, index: ClassIndex) -> None:
 def _load(path: Path, image_ids: tuple[str, ...], fingerprint: str) -> ClassIndex | None:
     """The stored index, or None when there is none, it is damaged, or the data have changed since."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         if content["format"] != _FORMAT or content["fingerprint"] != fingerprint:
             return None
         areas = {str(name): {int(c): int(area) for c, area, _ in rows} for name, rows in content["images"]}
         points = {str(name): {int(c): int(count) for c, _, count in rows} for name, rows in content["images"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
         return None
     if tuple(areas) != tuple(dict.fromkeys(image_ids)):
         return None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageOps
 
+from episodes.files import is_file, real_path
 from episodes.sources import SourceError
 from episodes.sources.decoding import opened, rgb
 from episodes.sources.fingerprints import fingerprint_files
@@ -157,7 +158,7 @@ def find_root(root: Path | str, inner: Iterable[str], needs: Sequence[str], layo
     Raises:
         SourceError: names the first entry that is missing, in the folder that has most of them.
     """
-    root = Path(root).expanduser().resolve()
+    root = real_path(root)
     candidates = (root, *(root / name for name in inner))
     missing = {folder: [need for need in needs if not _is_there(folder / need)] for folder in candidates}
     best = min(candidates, key=lambda folder: len(missing[folder]))
@@ -172,4 +173,4 @@ def find_root(root: Path | str, inner: Iterable[str], needs: Sequence[str], layo
 
 
 def _is_there(path: Path) -> bool:
-    return path.is_file() if path.suffix else path.is_dir()
+    return is_file(path) if path.suffix else path.is_dir()

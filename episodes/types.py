@@ -31,7 +31,25 @@ SUPPORT_KINDS: tuple[SupportKind, ...] = get_args(SupportKind)
 
 
 class DataError(ValueError):
-    """A problem of the user's data or request: one line that says what was expected, what came, how to mend it."""
+    """A problem of the user's data or request: one line that says what was expected, what came, how to mend it.
+
+    Names of files and what stands in them may hold anything: line ends, and characters that a terminal obeys, are
+    shown as ``\\n`` and the like.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that is none to look at written out, so that it is one line of any terminal.
+
+    >>> print(printable("a\nb \x1b[2J \udcff é"))
+    a\nb \x1b[2J \udcff é
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

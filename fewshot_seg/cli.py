@@ -11,12 +11,14 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from episodes.files import user_path
 from episodes.types import DataError
 from episodes.writing import reason_of
 from fewshot_seg.config import (
@@ -185,12 +187,14 @@ def _help(setting: Setting) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return user_path(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     ranks, working = Ranks(), False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         ranks = launched_ranks()
         given = vars(build_parser().parse_args(arguments))

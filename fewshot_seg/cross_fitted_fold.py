@@ -17,6 +17,7 @@ from episodes.protocols import list_pairs
 from episodes.sampler import drop_small_classes
 from episodes.types import DataError, SupportKind
 from fewshot_seg.cross_fitting import (
+    are_priors,
     keep_tensors,
     priors_of_episodes,
     train_base_learner,
@@ -171,7 +172,9 @@ def train_cross_fitted(
         kept = None if folder is None else folder / file
         if kept is not None and not resume:
             kept.unlink(missing_ok=True)
-        return keep_tensors(kept, compute, settings | described | {"asked": classes, "episodes": counts})
+        return keep_tensors(
+            kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
+        )
 
     found = list[dict[str, Tensor]]()
     for number, group in enumerate(groups):

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
+from episodes.files import read_bytes, require_file
 from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.sources import JointSource
@@ -147,7 +148,7 @@ class FeatureStore:
             levels = self._read(path)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, ValueError) as error:
+        except Exception as error:  # of safetensors, of the file system, of types that torch lacks
             warnings.warn(f"damaged feature file {path} ({error}); computing it anew", stacklevel=3)
             return None
         self._touch(path)
@@ -155,6 +156,7 @@ class FeatureStore:
 
     def _read(self, path: Path) -> tuple[Tensor, ...]:
         """Memory-mapped levels. Raises ValueError when they are not what was written."""
+        require_file(path)
         with safe_open(path, "pt") as file:
             if set(file.keys()) != {f"level{i}" for i in range(len(self._shapes))}:
                 raise ValueError("it holds other tensors")
@@ -167,6 +169,8 @@ class FeatureStore:
         if path.name not in self._checked:  # once per run: reading every byte costs as much as using them
             if written != _checksum(levels):
                 raise ValueError("its checksum is wrong")
+            if not all(bool(level.isfinite().all()) for level in levels):
+                raise ValueError("it holds numbers that are not finite")
             self._checked.add(path.name)
         return levels
 
@@ -183,6 +187,11 @@ class FeatureStore:
         # clone: a view would keep the whole batch in memory
         computed = {i: tuple(level[n].clone() for level in levels) for n, i in enumerate(image_ids)}
         for image_id, maps in computed.items():
+            if not all(bool(level.isfinite().all()) for level in maps):
+                raise DataError(
+                    f"backbone {self._backbone.name} gives features of {image_id!r} that are not finite in half "
+                    "precision; choose another backbone, or other weights"
+                )
             self._keep(image_id, maps)
         return computed
 
@@ -233,7 +242,7 @@ def content_name(source: PhotoSource, image_id: str) -> str:
     content = None
     if isinstance(source, PhotoFiles):
         with contextlib.suppress(OSError):
-            content = source.image_file(image_id).read_bytes()
+            content = read_bytes(source.image_file(image_id))
     if content is None:
         content = f"{image_id}\0{source.fingerprint([image_id])}".encode()
     digest.update(content)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from episodes.files import read_text
 from episodes.progress import tqdm
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.distributed import (
@@ -38,6 +40,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 _GRADIENT_NORM = 1.0
+_AGAIN = "leave out --resume to start again, in another --out"
 
 Batch = TypeVar("Batch")
 
@@ -270,15 +273,22 @@ class _Run:
             prefix = f"optimiser.{number}."
             state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             if state:
+                _check_state(state, parameter, path)
                 # the step counter stays on the CPU, as AdamW keeps it
                 self.optimiser.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
                 }
-        self.step, self.last_loss = int(description["step"]), description.get("loss")
+        step = description.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self.plan.steps:
+            raise said_once(f"{path} is damaged: its step is {shown(step, 40)}, not 0 to {self.plan.steps}; {_AGAIN}")
+        self.step, self.last_loss = step, description.get("loss")
 
     def _cut_log(self, path: Path) -> None:
         """Drop lines beyond the checkpoint: a killed run may have logged steps that it then lost."""
-        lines = path.read_text().splitlines() if path.exists() and self.step else []
+        try:
+            lines = read_text(path).splitlines() if path.exists() and self.step else []
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot go on with the log {path} ({error}); delete it") from error
         kept = [line for line in lines if _step_of(line) <= self.step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -292,8 +302,21 @@ class _Run:
             self.writer.add_scalar(name, value, self.step)
 
 
+def _check_state(state: Mapping[str, Tensor], parameter: Tensor, path: Path) -> None:
+    """Raises DataError where AdamW did not write this of the parameter."""
+    shapes = {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if any(
+        name not in state
+        or state[name].shape != shape
+        or state[name].dtype != torch.float32
+        or not bool(state[name].isfinite().all())
+        for name, shape in shapes.items()
+    ) or len(state) > len(shapes):
+        raise said_once(f"{path} is damaged: the optimiser's state does not fit the model; {_AGAIN}")
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # a torn line

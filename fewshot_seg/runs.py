@@ -343,9 +343,10 @@ def check_folder(config: TrainConfig | SimilarityTrainConfig, names: Sequence[st
             f"{config.out} holds an earlier run ({kept[0]}); go on with it by --resume, or choose another --out"
         )
     record = read_json(config.out / RUN_NAME, what="record of the run")
-    if "configuration" not in record:
+    noted = record.get("configuration") if isinstance(record, dict) else None
+    if not isinstance(noted, dict):
         raise DataError(f"cannot resume {config.out}: {RUN_NAME} does not say its settings; choose another --out")
-    stored = config.defaults() | _BEFORE | record["configuration"]  # a setting may be younger than the run
+    stored = config.defaults() | _BEFORE | noted  # a setting may be younger than the run
     now = config.as_json()
     changed = sorted(name for name in now.keys() - _MAY_DIFFER if stored.get(name) != now[name])
     if changed:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from episodes.files import read_text
 from episodes.types import DataError
 from episodes.writing import atomic_path as atomic_path
 
@@ -88,16 +89,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with a final newline, written beside and renamed."""
+    """JSON with a final newline, written beside and renamed. What is no UTF-8 in names of files is escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, *, what: str) -> Any:
     """Parsed JSON. Raises DataError naming the file when it is missing or damaged; `what` says what it should be."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
-        raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
-    except ValueError as error:
+        raise DataError(f"cannot read {what} {path}: {error.strerror}; check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what} {path} is not valid JSON ({error}); delete it or restore it") from error

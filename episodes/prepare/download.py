@@ -195,10 +195,12 @@ def _range_of(
     A server that ignores the range, or whose file has changed, sends all of it: then the first byte is 0.
     """
     given = response.headers.get("Content-Length", "")
-    length = int(given) if given.isdecimal() else None
+    length = int(given) if given.isdecimal() and len(given) < 20 else None
     if response.status != 206:
         return 0, length, length
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    match = re.fullmatch(
+        r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("Content-Range", "").strip()
+    )
     if origin and match and int(match[1]) == start:
         total = origin.total if match[3] == "*" else int(match[3])
         if total == origin.total and _validator(response) in ("", origin.validator):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from episodes.files import user_path
 from episodes.prepare.archives import Archive, CocoYear, DataSet, archives_of
 from episodes.prepare.download import Patience, download
 from episodes.prepare.extraction import extract
@@ -81,7 +82,7 @@ def prepare(
             data in the target that came from elsewhere.
     """
     chosen = archives_of(data_set, year=year, with_sbd=with_sbd)
-    target = Path(target).expanduser()
+    target = user_path(target)
     steps = prepare_archives(
         chosen,
         target,
@@ -117,7 +118,7 @@ def prepare_archives(
     states = {archive.name: _state_of(archive, target, records.get(archive.name)) for archive in chosen}
     todo = [archive for archive in chosen if states[archive.name] != "complete"]
     if archives is not None:
-        _check_all_there(todo, Path(archives).expanduser())
+        _check_all_there(todo, user_path(archives))
     downloads = target / _DOWNLOADS if archives is None else None
     check_space(target, bytes_needed(todo, downloads=downloads, keep_archives=keep_archives))
     steps = []
@@ -166,7 +167,7 @@ def _check_all_there(todo: Sequence[Archive], folder: Path) -> None:
 def _archive_file(
     archive: Archive, target: Path, archives: Path | None, mirror: str | None, patience: Patience, show_progress: bool
 ) -> tuple[Path, dict[str, str]]:
-    folder = target / _DOWNLOADS if archives is None else Path(archives).expanduser()
+    folder = target / _DOWNLOADS if archives is None else user_path(archives)
     path = folder / archive.name
     if not path.exists():
         addresses = archive.addresses if mirror is None else (f"{mirror.rstrip('/')}/{archive.name}",)

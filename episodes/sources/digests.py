@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from episodes.files import user_path
+
 _FEW_BYTES = 64 * 2**20
 """Files of so many bytes in all are read every time: that takes no longer than remembering."""
 _READERS = 8
@@ -20,7 +22,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, state TEXT 
 
 def default_cache() -> Path:
     """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
-    return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
+    return user_path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg")
 
 
 def content_digests(files: Mapping[str, os.stat_result], *, memory: Path | None = None) -> dict[str, str]:

@@ -35,7 +35,7 @@ def fingerprint_files(groups: Iterable[tuple[str, Iterable[str]]]) -> str:
             first = place if first is None else first
             try:
                 entries[place] = os.stat(place)  # noqa: PTH116  thousands of files: a Path each would double the time
-            except OSError:
+            except (OSError, ValueError):  # not there, or a name that no file can have
                 continue
             named.append((key, place))
             break

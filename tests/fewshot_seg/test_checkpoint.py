@@ -377,13 +377,17 @@ class TestSimilarityFile:
             tensors["similarity.surplus"] = torch.zeros(1)
 
         rewrite(path, damage)
-        expected = r"similarity\.safetensors does not fit this model: 3 tensors differ, first down\.weight, surplus, up"
+        expected = (
+            r"similarity\.safetensors does not fit this model: 3 tensors differ, first similarity\.down\.weight, "
+        )
         with pytest.raises(DataError, match=expected):
             load_similarity(path)
 
     def test_another_rank_than_described(self, path: Path) -> None:
         rewrite(path, lambda _, told: told.update(similarity_rank=4))
-        with pytest.raises(DataError, match=r"2 tensors differ, first down\.weight, up\.weight"):
+        with pytest.raises(
+            DataError, match=r"2 tensors differ, first similarity\.down\.weight, similarity\.up\.weight"
+        ):
             load_similarity(path)
 
     @pytest.mark.parametrize(

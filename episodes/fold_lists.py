@@ -79,9 +79,34 @@ class FoldLists:
         return evaluation_pairs(self.protocol, self.evaluation_index, self.split)
 
     @property
+    def photos_to_score(self) -> frozenset[str]:
+        """Photos that the evaluation may draw, as query or as support; they train nothing and choose nothing."""
+        return frozenset(image_id for image_id, _ in self.evaluation_pairs)
+
+    @property
     def training_pairs(self) -> list[Pair]:
         """The (image, class) list of a training on all base classes."""
-        return training_pairs(self.protocol, self.training_index, self.split)
+        return self.pairs_to_train(self.split)
+
+    def pairs_to_train(self, classes: ClassSplit) -> list[Pair]:
+        """The (image, class) list of a training on the base side of `classes`.
+
+        By the protocol's rule, and without the photos that are to be scored, where both splits list them.
+        """
+        return self._without_scored(training_pairs(self.protocol, self.training_index, classes))
+
+    @property
+    def pairs_to_choose(self) -> list[Pair]:
+        """The (image, class) list of the held-out base classes, for choices: of photos that could train as well.
+
+        Raises DataError where no classes are held out.
+        """
+        held_out = set(self.choices.novel)
+        return [pair for pair in self.training_pairs if pair[1] in held_out]
+
+    def _without_scored(self, pairs: Sequence[Pair]) -> list[Pair]:
+        scored = self.photos_to_score
+        return [pair for pair in pairs if pair[0] not in scored]
 
 
 def open_lists(

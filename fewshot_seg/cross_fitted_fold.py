@@ -13,7 +13,6 @@ from torch import Tensor
 
 from episodes.episode_files import fingerprint_pairs
 from episodes.folds import ClassSplit
-from episodes.protocols import list_pairs
 from episodes.sampler import drop_small_classes
 from episodes.types import DataError, SupportKind
 from fewshot_seg.cross_fitting import (
@@ -231,7 +230,7 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _drawable(data: FoldData, group: Sequence[int], wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
     """What of (shots, number of episodes) a group has photos enough for; the first is asked for in any case."""
-    pairs = list_pairs(data.protocol, data.training_index, group)
+    pairs = [pair for pair in data.training_pairs if pair[1] in group]
     repeat = data.protocol.repeat_supports
     return [
         one for one in wanted if one == wanted[0] or drop_small_classes(pairs, shots=one[0], repeat_supports=repeat)[0]

@@ -103,7 +103,7 @@ class LeakGuard:
 
     def record(self) -> dict[str, Any]:
         """What was checked, JSON-able, for a run's record."""
-        used = {
+        used: dict[str, Any] = {
             purpose: {"episodes": seen.episodes, "photos": len(seen.photos), "classes": sorted(seen.classes)}
             for purpose, seen in self._seen.items()
         }

@@ -130,6 +130,16 @@ def save_segmenter(
     """
     description = {
         **_describe_backbone(segmenter.backbone, backbone_weights),
+        **describe_segmenter(segmenter),
+        "resolution": resolution,
+        "notes": dict(notes or {}),
+    }
+    write_tensors(path, trained_tensors(segmenter), description)
+
+
+def describe_segmenter(segmenter: FewShotSegmenter) -> dict[str, Any]:
+    """What it takes, besides backbone and tensors, to build it again by `segmenter_of`; JSON-able."""
+    return {
         "similarity_rank": segmenter.similarity.rank,
         "decoder": {"kind": _kind_of(segmenter.decoder), **segmenter.decoder.description()},
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
@@ -139,10 +149,24 @@ def save_segmenter(
         "attention": segmenter.attention,
         "threshold": segmenter.threshold,
         "temperature": segmenter.temperature,
-        "resolution": resolution,
-        "notes": dict(notes or {}),
     }
-    write_tensors(path, trained_tensors(segmenter), description)
+
+
+def segmenter_of(description: Mapping[str, Any], backbone: Backbone) -> FewShotSegmenter:
+    """An untrained model of `describe_segmenter`. Raises KeyError, TypeError or ValueError where it is damaged."""
+    completion, base_learner = description.get("completion"), description.get("base_learner")
+    return FewShotSegmenter(
+        backbone=backbone,
+        similarity=SimilarityNetwork(backbone.channels, rank=description["similarity_rank"]),
+        decoder=_decoder_of(description["decoder"]),
+        prior=description["prior"],
+        attention=description["attention"],
+        threshold=description["threshold"],
+        temperature=description["temperature"],
+        completion=None if completion is None else SupportCompletion(**completion),
+        base_learner=None if base_learner is None else BaseLearner(**base_learner),
+        guided=bool(description.get("guided", False)),
+    )
 
 
 def load_segmenter(
@@ -163,20 +187,7 @@ def load_segmenter(
         raise DataError(f"{path} holds a similarity network alone, without a decoder; give it with --similarity")
     try:
         backbone = _backbone_of(description, backbone_weights, path)
-        completion = description.get("completion")
-        base_learner = description.get("base_learner")
-        segmenter = FewShotSegmenter(
-            backbone=backbone,
-            similarity=SimilarityNetwork(backbone.channels, rank=description["similarity_rank"]),
-            decoder=_decoder_of(description["decoder"]),
-            prior=description["prior"],
-            attention=description["attention"],
-            threshold=description["threshold"],
-            temperature=description["temperature"],
-            completion=None if completion is None else SupportCompletion(**completion),
-            base_learner=None if base_learner is None else BaseLearner(**base_learner),
-            guided=bool(description.get("guided", False)),
-        )
+        segmenter = segmenter_of(description, backbone)
         resolution, notes = int(description["resolution"]), dict(description["notes"])
     except DataError:
         raise

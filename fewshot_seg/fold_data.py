@@ -210,14 +210,19 @@ def group_episodes(
     Raises:
         DataError: a class that is not base: novel classes train nothing.
     """
+    specs = group_specs(data, classes, shots=shots, count=count, seed=seed)
+    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
+    _compute_features(data, specs, show_progress)
+    return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
+
+
+def group_specs(data: FoldData, classes: Sequence[int], *, shots: int, count: int, seed: int) -> Sequence[EpisodeSpec]:
+    """Which episodes `group_episodes` gives; loads nothing."""
     foreign = sorted(set(classes) - set(data.split.base))
     if foreign:
         raise DataError(f"classes {foreign} are not among the base classes; novel classes must not train anything")
     pairs = [(image_id, class_id) for image_id, class_id in data.training_pairs if class_id in classes]
-    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
-    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
-    _compute_features(data, specs, show_progress)
-    return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
+    return draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +267,8 @@ def class_cells(data: FoldData, *, per_photo: int = 40, seed: int = 0, show_prog
     bar = tqdm(images, desc="cells of base classes", unit="photo", disable=not show_progress)
     for number, image_id in enumerate(bar):
         joined = join_levels(data.store.get([image_id]))
+        if not bool(torch.isfinite(joined).all()):
+            raise DataError(f"features of photo {image_id!r} are not finite; mend the backbone's weights, or the photo")
         shown = [class_id for class_id in base if class_id in data.training_index.areas[image_id]]
         masks = data.training_masks.get([image_id] * len(shown), shown)
         foreground, background = (side.flatten(1) for side in cell_weights(masks, (joined.shape[2], joined.shape[3])))

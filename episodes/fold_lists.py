@@ -50,7 +50,17 @@ class FoldLists:
         return IgnoredClasses(self.source, frozenset(self.split.novel)) if ignoring else self.source
 
     def check_base(self) -> None:
-        """Raises DataError where there is nothing to train on."""
+        """Raises DataError where there is nothing to train on: no base class, or no photo of one that is not scored."""
+        self._check_named()
+        of_base = training_pairs(self.protocol, self.training_index, self.split)
+        if of_base and not self._without_scored(of_base):
+            raise DataError(
+                f"there is nothing to train on: every photo of {self.source.name} that shows {self.base_names} also "
+                "shows a class to be scored, and what is scored must not train; list the photos to train on and those "
+                "to score in splits of their own (docs/data.md)"
+            )
+
+    def _check_named(self) -> None:
         if not self.split.base:
             raise DataError(
                 f"there is nothing to train on: all classes of {self.source.name} are to be scored; name those with "
@@ -65,7 +75,7 @@ class FoldLists:
     @property
     def choices(self) -> ClassSplit:
         """`held_out`. Raises DataError where no classes are held out."""
-        self.check_base()
+        self._check_named()
         if self.held_out is None:
             raise DataError(
                 f"{self.source.name} has too few base classes to hold some out for choices: at least 2 are needed, "

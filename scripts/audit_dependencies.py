@@ -76,9 +76,7 @@ def main() -> int:
             print("\n".join(lines))
             if any("skip_reason" not in one for one in answered):
                 return 0 if clean else 1
-    print(
-        "no service answered for any package: nothing is known of vulnerabilities; run it again where one can be reached"
-    )
+    print("no service answered for any package: nothing is known of vulnerabilities; run it where one can be reached")
     return 0
 
 

@@ -112,6 +112,28 @@ class TestAddress:
         assert ("TrustedHostMiddleware" in kinds) == own
         assert "Guard" in kinds
 
+    @pytest.mark.parametrize(
+        ("addresses", "own"),
+        [(["127.0.0.1"], True), (["127.0.1.1", "127.0.0.2"], True), (["127.0.0.1", "192.0.2.7"], False), ([], False)],
+    )
+    def test_a_name_is_what_it_stands_for(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, addresses: list[str], own: bool
+    ) -> None:
+        """A machine's own name often stands for 127.0.1.1: no warning, and no other host's name is let in."""
+
+        def resolve(host: str, *_: Any) -> list[Any]:
+            assert host == "my-laptop"
+            if not addresses:
+                raise socket.gaierror("not known")
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        assert serving.is_loopback("my-laptop") == own
+        if own:
+            pytest.importorskip("starlette", reason="gradio is not installed")
+            hosts = serving._middleware("my-laptop", Limits(), tmp_path)[0].kwargs["allowed_hosts"]
+            assert hosts == ["127.0.0.1", "localhost", "my-laptop"]
+
     def test_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GRADIO_SHARE", "true")
         monkeypatch.setenv("no_proxy", "example.org")

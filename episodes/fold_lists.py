@@ -50,7 +50,17 @@ class FoldLists:
         return IgnoredClasses(self.source, frozenset(self.split.novel)) if ignoring else self.source
 
     def check_base(self) -> None:
-        """Raises DataError where there is nothing to train on."""
+        """Raises DataError where there is nothing to train on: no base class, or no photo of one that is not scored."""
+        self._check_named()
+        of_base = training_pairs(self.protocol, self.training_index, self.split)
+        if of_base and not self._without_scored(of_base):
+            raise DataError(
+                f"there is nothing to train on: every photo of {self.source.name} that shows {self.base_names} also "
+                "shows a class to be scored, and what is scored must not train; list the photos to train on and those "
+                "to score in splits of their own (docs/data.md)"
+            )
+
+    def _check_named(self) -> None:
         if not self.split.base:
             raise DataError(
                 f"there is nothing to train on: all classes of {self.source.name} are to be scored; name those with "
@@ -65,7 +75,7 @@ class FoldLists:
     @property
     def choices(self) -> ClassSplit:
         """`held_out`. Raises DataError where no classes are held out."""
-        self.check_base()
+        self._check_named()
         if self.held_out is None:
             raise DataError(
                 f"{self.source.name} has too few base classes to hold some out for choices: at least 2 are needed, "
@@ -79,9 +89,34 @@ class FoldLists:
         return evaluation_pairs(self.protocol, self.evaluation_index, self.split)
 
     @property
+    def photos_to_score(self) -> frozenset[str]:
+        """Photos that the evaluation may draw, as query or as support; they train nothing and choose nothing."""
+        return frozenset(image_id for image_id, _ in self.evaluation_pairs)
+
+    @property
     def training_pairs(self) -> list[Pair]:
         """The (image, class) list of a training on all base classes."""
-        return training_pairs(self.protocol, self.training_index, self.split)
+        return self.pairs_to_train(self.split)
+
+    def pairs_to_train(self, classes: ClassSplit) -> list[Pair]:
+        """The (image, class) list of a training on the base side of `classes`.
+
+        By the protocol's rule, and without the photos that are to be scored, where both splits list them.
+        """
+        return self._without_scored(training_pairs(self.protocol, self.training_index, classes))
+
+    @property
+    def pairs_to_choose(self) -> list[Pair]:
+        """The (image, class) list of the held-out base classes, for choices: of photos that could train as well.
+
+        Raises DataError where no classes are held out.
+        """
+        held_out = set(self.choices.novel)
+        return [pair for pair in self.training_pairs if pair[1] in held_out]
+
+    def _without_scored(self, pairs: Sequence[Pair]) -> list[Pair]:
+        scored = self.photos_to_score
+        return [pair for pair in pairs if pair[0] not in scored]
 
 
 def open_lists(

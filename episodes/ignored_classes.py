@@ -65,10 +65,11 @@ class IgnoredClasses:
         return {class_id: self._without(mask, class_id, masks) for class_id, mask in masks.items()}
 
     def annotation(self, image_id: str, class_id: int, kind: SupportKind) -> UInt8Array | None:
-        """What the data set has drawn; None if it has nothing of this kind."""
+        """What the data set has drawn, with ignored classes not known; None if it has nothing of this kind."""
         if not isinstance(self.source, WeaklyAnnotated):
             return None
-        return self.source.annotation(image_id, class_id, kind)
+        drawn = self.source.annotation(image_id, class_id, kind)
+        return None if drawn is None else self._without(drawn, class_id, self.source.class_masks(image_id))
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
         """That of the data set: the files are the same."""

@@ -150,6 +150,16 @@ def save_segmenter(
     """
     description = {
         **_describe_backbone(segmenter.backbone, backbone_weights),
+        **describe_segmenter(segmenter),
+        "resolution": resolution,
+        "notes": dict(notes or {}),
+    }
+    write_tensors(path, trained_tensors(segmenter), description)
+
+
+def describe_segmenter(segmenter: FewShotSegmenter) -> dict[str, Any]:
+    """What it takes, besides backbone and tensors, to build it again by `segmenter_of`; JSON-able."""
+    return {
         "similarity_rank": segmenter.similarity.rank,
         "decoder": {"kind": _kind_of(segmenter.decoder), **segmenter.decoder.description()},
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
@@ -159,10 +169,29 @@ def save_segmenter(
         "attention": segmenter.attention,
         "threshold": segmenter.threshold,
         "temperature": segmenter.temperature,
-        "resolution": resolution,
-        "notes": dict(notes or {}),
     }
-    write_tensors(path, trained_tensors(segmenter), description)
+
+
+def segmenter_of(
+    description: Mapping[str, Any], backbone: Backbone, tensors: Mapping[str, Tensor], *, where: Path
+) -> FewShotSegmenter:
+    """An untrained model of `describe_segmenter`, as large as the tensors that it will take.
+
+    Of parts that have no tensors at all, sizes are only held against the largest tensor.
+
+    Raises:
+        DataError: a part has other sizes than its tensors; `where` is named.
+        KeyError, TypeError, ValueError: a description that is damaged.
+    """
+    return FewShotSegmenter(
+        backbone=backbone,
+        prior=description["prior"],
+        attention=description["attention"],
+        threshold=_number(description, "threshold"),
+        temperature=_number(description, "temperature"),
+        guided=bool(description.get("guided", False)),
+        **_parts_of(description, backbone.channels, tensors, where),
+    )
 
 
 def load_segmenter(
@@ -183,16 +212,7 @@ def load_segmenter(
         raise DataError(f"{path} holds a similarity network alone, without a decoder; give it with --similarity")
     with _described(path):
         backbone = _backbone_of(description, backbone_weights, path)
-        parts = _parts_of(description, backbone.channels, tensors, path)
-        segmenter = FewShotSegmenter(
-            backbone=backbone,
-            prior=description["prior"],
-            attention=description["attention"],
-            threshold=_number(description, "threshold"),
-            temperature=_number(description, "temperature"),
-            guided=bool(description.get("guided", False)),
-            **parts,
-        )
+        segmenter = segmenter_of(description, backbone, tensors, where=path)
         resolution, notes = _resolution(description), _notes(description)
     load_trained_tensors(segmenter, tensors, where=path)
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)
@@ -232,8 +252,9 @@ def _sized_as_stored(
     makers: Mapping[str, Callable[[], nn.Module]], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, nn.Module]:
     """What the makers make, once it is known to be as large as the tensors: a file's word alone takes no memory."""
+    stored = {name.partition(".")[0] for name in tensors}
     with torch.device("meta"):
-        sketches = {part: make().state_dict() for part, make in makers.items()}
+        sketches = {part: make().state_dict() for part, make in makers.items() if part in stored}
     _check_names({f"{part}.{key}": one for part, own in sketches.items() for key, one in own.items()}, tensors, path)
     return {part: make() for part, make in makers.items()}
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from episodes.episode_files import fingerprint_pairs
 from episodes.folds import ClassSplit
-from episodes.protocols import list_pairs
-from episodes.sampler import drop_small_classes
-from episodes.types import DataError, SupportKind
+from episodes.sampler import drop_small_classes, spec_to_json
+from episodes.types import DataError, EpisodeSpec, SupportKind
 from fewshot_seg.cross_fitting import (
     are_priors,
     keep_tensors,
@@ -27,7 +26,15 @@ from fewshot_seg.cross_fitting import (
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.distributed import current_ranks, said_once
 from fewshot_seg.experiment import TrainedFold
-from fewshot_seg.fold_data import Augment, ClassCells, FoldData, class_cells, group_episodes, training_episodes
+from fewshot_seg.fold_data import (
+    Augment,
+    ClassCells,
+    FoldData,
+    class_cells,
+    group_episodes,
+    group_specs,
+    training_episodes,
+)
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.segmenter import FewShotSegmenter
 
@@ -192,11 +199,13 @@ def train_cross_fitted(
         stored = _joined([unseen, known])
     if not isinstance(segmenter.decoder, ContextDecoder):
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")
+    asked = [(group, decoder_episodes) for group in groups] + [(data.split.base, known_episodes)]
     result = train_decoder(
         segmenter.decoder,
         stored,
         steps=decoder_steps,
         seed=seed,
+        name=lambda number: spec_to_json(_stored_spec(data, asked, seed + 1, number)),
         folder=None if folder is None else folder / "decoder",
         **run,
     )
@@ -234,11 +243,24 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _drawable(data: FoldData, group: Sequence[int], wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
     """What of (shots, number of episodes) a group has photos enough for; the first is asked for in any case."""
-    pairs = list_pairs(data.protocol, data.training_index, group)
+    pairs = [pair for pair in data.training_pairs if pair[1] in group]
     repeat = data.protocol.repeat_supports
     return [
         one for one in wanted if one == wanted[0] or drop_small_classes(pairs, shots=one[0], repeat_supports=repeat)[0]
     ]
+
+
+def _stored_spec(
+    data: FoldData, asked: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], seed: int, number: int
+) -> EpisodeSpec:
+    """The spec of an episode whose priors are stored, from all that were asked for, in order."""
+    for classes, counts in asked:
+        for shots, count in _drawable(data, classes, counts) if counts else ():
+            specs = group_specs(data, classes, shots=shots, count=count, seed=seed)
+            if number < len(specs):
+                return specs[number]
+            number -= len(specs)
+    raise IndexError(number)
 
 
 def _fit_base_learner(segmenter: FewShotSegmenter, cells: ClassCells, base: tuple[int, ...], seed: int) -> None:

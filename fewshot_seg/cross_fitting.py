@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from episodes.types import DataError
+from fewshot_seg.bad_steps import Account, account_of_episodes, model_facts
 from fewshot_seg.base_learner import BaseLearner, base_class_loss
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.decoder import ContextDecoder
@@ -29,7 +30,7 @@ from fewshot_seg.priors import log_density_ratio
 from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps
 from fewshot_seg.similarity import cell_weights, join_levels
 from fewshot_seg.trainee import NamedModules
-from fewshot_seg.training import describe_episodes, metric_loss, weak_support_loss
+from fewshot_seg.training import metric_loss, weak_support_loss
 
 
 def embedding_losses(segmenter: FewShotSegmenter, batch: FeatureBatch) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def train_embedding(
         lambda step: episodes.batches(batch_size, start=step * batch_size),
         lambda batch: embedding_losses(segmenter, batch.to(device)),
         plan=_plan(steps, learning_rate, weight_decay, seed, {"part": "embedding", "batch_size": batch_size}),
-        describe=describe_episodes,
+        describe=lambda batch: account_of_episodes(batch, losses="embedding", **model_facts(segmenter)),
         **run,
     )
 
@@ -123,7 +124,9 @@ def train_base_learner(
             "loss": base_class_loss(learner.logits(cells[rows].float().to(device)), shares[rows].float().to(device))
         },
         plan=_plan(steps, learning_rate, weight_decay, seed, {"part": "base learner"}),
-        describe=lambda rows: f"{len(rows)} cells",
+        describe=lambda rows: Account(
+            what="cells", names=tuple(map(str, rows.tolist())), tensors={"cells": cells[rows], "shares": shares[rows]}
+        ),
     )
 
 
@@ -185,6 +188,15 @@ def decoder_loss(logits: Tensor, foreground: Tensor, background: Tensor) -> Tens
     return of_each.mean() + 1 - 2 * overlap.sum() / size.sum().clamp_min(1e-6)
 
 
+_STORED = ("priors", "foreground", "background")
+
+
+def stored_loss(decoder: ContextDecoder, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`decoder_loss` of episodes as `priors_of_episodes` stores them, as ``loss``."""
+    maps, foreground, background = (stored[name].float() for name in _STORED)
+    return {"loss": decoder_loss(decoder(maps, maps, maps), foreground, background)}
+
+
 def train_decoder(
     decoder: ContextDecoder,
     stored: Mapping[str, Tensor],
@@ -194,6 +206,7 @@ def train_decoder(
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
     seed: int = 0,
+    name: Callable[[int], str] | None = None,
     **run: Any,
 ) -> TrainingResult:
     """Train in place on the result of `priors_of_episodes`.
@@ -203,6 +216,7 @@ def train_decoder(
         stored: priors of N episodes and what they should become.
         steps, batch_size, learning_rate, weight_decay, seed: of AdamW with a one-cycle schedule. Every pass over the
             episodes has an order of its own.
+        name: of a stored episode by its number, for the message of a loss that is not finite.
         run: folder, checkpoint_every, resume, show_progress of `optimise`.
     """
     priors, device = stored["priors"], decoder.gain.device
@@ -213,15 +227,23 @@ def train_decoder(
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        maps, *sides = (stored[name][rows].float().to(device) for name in ("priors", "foreground", "background"))
-        return {"loss": decoder_loss(decoder(maps, maps, maps), sides[0], sides[1])}
+        return stored_loss(decoder, {name: stored[name][rows].to(device) for name in _STORED})
+
+    def account(rows: Tensor) -> Account[Tensor]:
+        return Account(
+            what="episodes",
+            names=tuple(f"stored episode {number}" if name is None else name(number) for number in rows.tolist()),
+            tensors={one: stored[one][rows] for one in _STORED},
+            facts={"losses": "decoder", "decoder": decoder.description()},
+            alone=lambda number: rows[number : number + 1],
+        )
 
     return optimise(
         NamedModules(decoder=decoder),
         lambda step: (order[n * batch_size : (n + 1) * batch_size] for n in range(step, steps)),
         loss,
         plan=_plan(steps, learning_rate, weight_decay, seed, {"part": "decoder", "batch_size": batch_size}),
-        describe=lambda rows: f"stored episodes {rows.tolist()}",
+        describe=account,
         **run,
     )
 

@@ -274,12 +274,12 @@ class MaskStore:
     Those used last are kept as they are, too (64 MB).
 
     Args:
-        source: masks, and drawn annotations if it has any.
+        source: masks, and drawn annotations if it has any; kept as an attribute.
         size, fit: as of the `FeatureStore`.
     """
 
     def __init__(self, source: MaskSource, *, size: int, fit: Fit = "squash") -> None:
-        self._source, self._size = source, size
+        self.source, self._size = source, size
         self._transform = EpisodeTransform("none", size, fit)
         self._kept: dict[tuple[str, int, SupportKind], bytes] = {}
         self._recent: OrderedDict[tuple[str, int, SupportKind], Tensor] = OrderedDict()
@@ -301,7 +301,7 @@ class MaskStore:
             self._recent.move_to_end(key)
             return self._recent[key]
         if key not in self._kept:
-            mask = annotation_of(self._source, image_id, class_id, kind)
+            mask = annotation_of(self.source, image_id, class_id, kind)
             placeholder = np.zeros((*mask.shape, 3), np.uint8)  # the transform moves image and mask together
             resized = self._transform.support(placeholder, mask, is_mask=kind == "mask")[1]
             self._kept[key] = zlib.compress(resized.numpy().tobytes(), level=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from episodes.augment import EpisodeTransform, Preset
 from episodes.fold_lists import FoldLists, draw, evaluation_specs, open_lists
 from episodes.folds import ClassSplit
+from episodes.leak_guard import LeakGuard
 from episodes.loader import EpisodeDataset
 from episodes.progress import tqdm
-from episodes.protocols import EpisodeProtocol, list_pairs, training_pairs
+from episodes.protocols import EpisodeProtocol
 from episodes.types import DataError, EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.distributed import barrier, current_ranks, share_of
@@ -40,6 +41,7 @@ class FoldData(FoldLists):
         store, masks: features and masks at `resolution`.
         training_masks: those of `training_source`.
         resolution: side of the square.
+        guard: looks at all that trains or chooses before it is used.
     """
 
     backbone: Backbone
@@ -47,6 +49,7 @@ class FoldData(FoldLists):
     masks: MaskStore
     training_masks: MaskStore
     resolution: int
+    guard: LeakGuard = field(default_factory=LeakGuard, compare=False, repr=False)
 
     def photos(self, image_ids: Sequence[str], size: int) -> Tensor:
         """Photos of the evaluation at a square size, float32 (N, 3, S, S) in [0, 1], made square by the protocol."""
@@ -127,8 +130,9 @@ def training_episodes(
         DataError: no base class, or no episodes of them.
     """
     data.check_base()
-    pairs = training_pairs(data.protocol, data.training_index, classes)
+    pairs = data.pairs_to_train(classes)
     specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
+    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
     presets = [augment if support_augment is None else support_augment, augment]
     if set(presets) <= {"none"} or set(presets) <= {"mirror"}:
         _compute_features(data, specs, show_progress)
@@ -149,9 +153,9 @@ def held_out_episodes(
     Raises:
         DataError: no classes are held out.
     """
-    pairs = list_pairs(data.protocol, data.training_index, data.choices.novel)
     seed += _HELD_OUT_SEED
-    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
+    specs = draw(data, data.training_index, data.pairs_to_choose, shots=shots, count=count, seed=seed, order="random")
+    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="choices")
     return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
 
 
@@ -206,14 +210,19 @@ def group_episodes(
     Raises:
         DataError: a class that is not base: novel classes train nothing.
     """
+    specs = group_specs(data, classes, shots=shots, count=count, seed=seed)
+    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
+    _compute_features(data, specs, show_progress)
+    return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
+
+
+def group_specs(data: FoldData, classes: Sequence[int], *, shots: int, count: int, seed: int) -> Sequence[EpisodeSpec]:
+    """Which episodes `group_episodes` gives; loads nothing."""
     foreign = sorted(set(classes) - set(data.split.base))
     if foreign:
         raise DataError(f"classes {foreign} are not among the base classes; novel classes must not train anything")
-    allowed = training_pairs(data.protocol, data.training_index, data.split)  # some protocols shut photos out
-    pairs = [(image_id, class_id) for image_id, class_id in allowed if class_id in classes]
-    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
-    _compute_features(data, specs, show_progress)
-    return CachedEpisodes(data.store, data.training_masks, specs, supports=supports)
+    pairs = [(image_id, class_id) for image_id, class_id in data.training_pairs if class_id in classes]
+    return draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +258,8 @@ def class_cells(data: FoldData, *, per_photo: int = 40, seed: int = 0, show_prog
 
     Novel classes are what they are in the training masks: background, or ignored.
     """
-    pairs = training_pairs(data.protocol, data.training_index, data.split)
+    pairs = data.training_pairs
+    data.guard.check_pairs(data, pairs, data.training_masks.source, purpose="training")
     images = list(dict.fromkeys(image_id for image_id, _ in pairs))
     data.store.ensure(images, show_progress=show_progress)
     base, generator = data.split.base, torch.Generator().manual_seed(seed)
@@ -257,6 +267,8 @@ def class_cells(data: FoldData, *, per_photo: int = 40, seed: int = 0, show_prog
     bar = tqdm(images, desc="cells of base classes", unit="photo", disable=not show_progress)
     for number, image_id in enumerate(bar):
         joined = join_levels(data.store.get([image_id]))
+        if not bool(torch.isfinite(joined).all()):
+            raise DataError(f"features of photo {image_id!r} are not finite; mend the backbone's weights, or the photo")
         shown = [class_id for class_id in base if class_id in data.training_index.areas[image_id]]
         masks = data.training_masks.get([image_id] * len(shown), shown)
         foreground, background = (side.flatten(1) for side in cell_weights(masks, (joined.shape[2], joined.shape[3])))

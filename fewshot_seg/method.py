@@ -149,7 +149,8 @@ def open_on_data(settings: EpisodeSettings, *, show_progress: bool = False) -> t
         )
     if method.threshold_origin:
         return method, data
-    if data.held_out is None:  # a data set of one's own, all of whose classes are scored
+    # a data set of one's own, all of whose classes are scored, or whose photos all show one that is
+    if data.held_out is None or not data.pairs_to_choose:
         return take_usual_threshold(method, settings), data
     episodes = held_out_episodes(data, shots=1, count=_THRESHOLD_EPISODES, seed=0, supports=(settings.support,))
     threshold, _ = choose_threshold(method.segmenter, episodes, show_progress=show_progress)

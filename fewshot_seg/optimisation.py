@@ -22,6 +22,7 @@ from episodes.files import read_text
 from episodes.progress import tqdm
 from episodes.sources.annotation_files import shown
 from episodes.types import DataError
+from fewshot_seg.bad_steps import Account, examine, keep_bad_step
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.distributed import (
     current_ranks,
@@ -117,7 +118,7 @@ def optimise(
     losses: Callable[[Batch], Mapping[str, Tensor]],
     *,
     plan: Plan,
-    describe: Callable[[Batch], str],
+    describe: Callable[[Batch], Account[Batch]],
     folder: Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = False,
@@ -132,16 +133,17 @@ def optimise(
         losses: named scalars of a batch; ``loss`` is the one that is minimised, the others are logged. Of several
             ranks, its gradient must be the mean over the ranks (DistributedDataParallel's is).
         plan: schedule and length.
-        describe: names a batch in the message of a loss that is not finite.
-        folder: for training.jsonl, tensorboard/ and checkpoint.safetensors; None writes nothing.
+        describe: a batch by its examples, for the message and the file of a step whose numbers are not finite.
+        folder: for training.jsonl, tensorboard/ and checkpoint.safetensors, and bad_step.safetensors; None writes
+            nothing.
         checkpoint_every: steps between checkpoints.
         resume: go on from the folder's checkpoint, if there is one.
         show_progress: progress bar with time left on stderr.
         log_every: steps between log lines.
 
     Raises:
-        DataError: an argument outside its range, nothing to train, a checkpoint of another run, or a loss that is
-            not finite.
+        DataError: an argument outside its range, nothing to train, a checkpoint of another run, or a loss or gradient
+            that is not finite: the message names the examples, their batch is kept, and so are the weights before it.
         LostRankError, TerminatedError: of several ranks, another is gone, or SIGTERM came; a checkpoint of the last
             step is written first, unless the weights were just being changed.
     """
@@ -185,6 +187,7 @@ class _Run:
 
     def __init__(self, trainee: Trainee, plan: Plan, folder: Path | None, *, resume: bool, log_every: int) -> None:
         self.trainee, self.plan, self.log_every = trainee, plan, log_every
+        self.given_folder = folder
         self.folder = folder if current_ranks().first else None  # where this process writes
         self.parameters = list(trainee.parameters())
         if not self.parameters:
@@ -201,21 +204,22 @@ class _Run:
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def take_step(
-        self, batch: Batch, losses: Callable[[Batch], Mapping[str, Tensor]], describe: Callable[[Batch], str]
+        self,
+        batch: Batch,
+        losses: Callable[[Batch], Mapping[str, Tensor]],
+        describe: Callable[[Batch], Account[Batch]],
     ) -> float:
-        plan = self.plan
+        plan, seed = self.plan, self.plan.seed * 1_000_003 + self.step
         rate = learning_rate_at(self.step, plan.steps, plan.learning_rate, plan.schedule)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plan.seed * 1_000_003 + self.step)  # dropout: a function of (seed, step)
+            torch.manual_seed(seed)  # dropout: a function of (seed, step)
             named = losses(batch)
         loss, named = named["loss"], mean_over_ranks(named)
         if not torch.isfinite(named["loss"]):
-            culprits = gather_dealt(["" if torch.isfinite(loss) else describe(batch)])
-            raise said_once(
-                f"loss is {named['loss'].item()} at step {self.step}; lower --learning-rate; "
-                f"{'; '.join(filter(None, culprits))}"
+            raise self._bad_step(
+                "loss", named["loss"].item(), None if torch.isfinite(loss) else describe(batch), losses
             )
         self.optimiser.zero_grad(set_to_none=True)
         try:
@@ -223,7 +227,9 @@ class _Run:
         except RuntimeError as error:  # of several ranks, gradients travel here
             raise_if_lost(error)
             raise
-        torch.nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_NORM)
+        if not torch.isfinite(norm):  # else the weights would be lost, and checkpoints with them
+            raise self._bad_step("gradient", norm.item(), describe(batch), losses)
         self.updating = True
         self.optimiser.step()
         self.step += 1
@@ -232,6 +238,27 @@ class _Run:
         self.last_loss = float(named["loss"].detach())
         self.updating = False
         return self.last_loss
+
+    def _bad_step(
+        self,
+        what: str,
+        value: float,
+        account: Account[Any] | None,
+        losses: Callable[[Any], Mapping[str, Tensor]],
+    ) -> DataError:
+        """The error of a step that is not taken; the batch to blame, and the weights before it, are kept first."""
+        ranks, seed, line = current_ranks(), self.plan.seed * 1_000_003 + self.step, ""
+        if account is not None:
+            bad = examine(account, losses, self.parameters, seed, one_by_one=ranks.size == 1)
+            line = f"{bad.mend}; {bad.names}"
+            if self.given_folder is not None:
+                noted = {"step": self.step, "seed": seed, what: value, "plan": self.plan.as_json()}
+                kept = keep_bad_step(self.given_folder, bad, self.trainee, noted, ranks.rank)
+                line += f"; its batch is kept: python -m fewshot_seg.replay {kept}"
+        lines = "; ".join(dict.fromkeys(filter(None, gather_dealt([line]))))
+        if self.step and all(bool(torch.isfinite(one).all()) for one in self.parameters):
+            self.save()
+        return said_once(f"{what} is {value} at step {self.step}; {lines}")
 
     def save(self) -> None:
         if self.folder is None:

@@ -329,7 +329,7 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         | {"base_class_names": [data.source.class_names[class_id] for class_id in data.split.base]}
         | results,
     )
-    write_json(config.out / RUN_NAME, record | {"results": results})
+    write_json(config.out / RUN_NAME, record | {"results": results, "leak_guard": data.guard.record()})
     return trained
 
 

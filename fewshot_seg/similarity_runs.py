@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from episodes.labelled import LabelledImages, split_labels
+from episodes.leak_guard import check_labelled
 from episodes.reidentification import ReidentificationData, ReidentificationLayout, open_reidentification
 from episodes.retrieval import RetrievalData, RetrievalLayout, open_retrieval
 from episodes.types import DataError
@@ -275,10 +276,14 @@ def run_similarity_training(
         write_json(config.out / RUN_NAME, record | {"results": None})
         segmenter, result = train_episodes_configured(data, config, folder=config.out, show_progress=show_progress)
         similarity, resolution = segmenter.similarity, data.resolution
+        guarded = data.guard.record()
         classes = data.choices.base if config.held_out else data.split.base
         notes = {**record["data"], "source": data.source.name, "base_classes": list(classes)}
     else:
-        images = photo_part(open_photos(config), "kept" if config.held_out else "train")
+        photos = open_photos(config)
+        images = photo_part(photos, "kept" if config.held_out else "train")
+        scored = [photos.test] if isinstance(photos, RetrievalData) else [photos.query, photos.gallery]
+        guarded = check_labelled(images, *scored)
         if len(images.class_names) < config.classes:
             raise DataError(
                 f"--classes {config.classes} in a batch, but {images.name} has {len(images.class_names)} classes; "
@@ -301,7 +306,7 @@ def run_similarity_training(
         resolution=resolution,
         notes=notes | {"steps": result.steps},
     )
-    write_json(config.out / RUN_NAME, record | {"results": results})
+    write_json(config.out / RUN_NAME, record | {"results": results, "leak_guard": guarded})
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from episodes.augment import EpisodeTransform
 from episodes.class_batches import BalancedBatches
 from episodes.labelled import LabelledImages
 from episodes.types import DataError
+from fewshot_seg.bad_steps import Account, account_of_episodes, model_facts
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.features import FeatureStore
 from fewshot_seg.metric_losses import MetricLoss
@@ -30,7 +31,6 @@ from fewshot_seg.similarity_losses import (
     region_triples,
 )
 from fewshot_seg.trainee import NamedModules
-from fewshot_seg.training import describe_episodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,25 @@ class PhotoBatch:
     labels: Tensor
     levels: tuple[Tensor, ...]
     photos: Tensor | None
+
+
+def account_of_photos(batch: PhotoBatch) -> Account[PhotoBatch]:
+    """Of photos as features; `photos_of` makes the batch again. Their losses take several photos at a time."""
+    tensors = {f"level{number}": level for number, level in enumerate(batch.levels)} | {"labels": batch.labels}
+    if batch.photos is not None:
+        tensors["photos"] = batch.photos
+    return Account(what="photos", names=batch.files, tensors=tensors, facts={"losses": "similarity photos"})
+
+
+def photos_of(tensors: Mapping[str, Tensor], files: Sequence[str]) -> PhotoBatch:
+    """The batch of `account_of_photos`."""
+    count = sum(name.startswith("level") for name in tensors)
+    return PhotoBatch(
+        files=tuple(files),
+        labels=tensors["labels"],
+        levels=tuple(tensors[f"level{number}"] for number in range(count)),
+        photos=tensors.get("photos"),
+    )
 
 
 class PhotoBatches:
@@ -193,7 +212,7 @@ def train_on_photos(
         batches.following,
         losses,
         plan=plan,
-        describe=lambda batch: f"photos: {', '.join(batch.files)}",
+        describe=account_of_photos,
         **arguments,
     )
 
@@ -283,6 +302,6 @@ def train_on_episodes(
         lambda step: episodes.batches(batch_size, start=step * batch_size),
         losses,
         plan=plan,
-        describe=describe_episodes,
+        describe=lambda batch: account_of_episodes(batch, losses="similarity episodes", **model_facts(segmenter)),
         **arguments,
     )

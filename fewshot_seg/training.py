@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from episodes.sampler import spec_to_json
 from episodes.types import DataError
+from fewshot_seg.bad_steps import account_of_episodes, model_facts
 from fewshot_seg.checkpoint import load_trained_tensors, trained_tensors
 from fewshot_seg.completion import completion_loss
 from fewshot_seg.distributed import current_ranks, dealt, raise_if_lost, rows_of_ranks, said_once, split_rows
@@ -116,7 +116,7 @@ class _Segmenter:
         self._segmenter.train(training)
 
 
-class _Losses(nn.Module):
+class TrainingLosses(nn.Module):
     """Named losses of a batch, the one to minimise as ``loss``; what DistributedDataParallel wraps."""
 
     def __init__(self, segmenter: FewShotSegmenter, *, metric_weight: float, dice_weight: float) -> None:
@@ -134,7 +134,7 @@ class _Losses(nn.Module):
         }
 
 
-def _over_ranks(losses: _Losses) -> nn.Module:
+def _over_ranks(losses: TrainingLosses) -> nn.Module:
     """The losses with gradients averaged over the ranks."""
     if current_ranks().size == 1 or not losses.segmenter.trainable_parameters():
         return losses
@@ -145,11 +145,6 @@ def _over_ranks(losses: _Losses) -> nn.Module:
     except RuntimeError as error:
         raise_if_lost(error)
         raise
-
-
-def describe_episodes(batch: FeatureBatch) -> str:
-    """The specs of a batch, for a message; `episodes.sampler.spec_from_json` reads them back."""
-    return "episodes: " + "; ".join(spec_to_json(spec) for spec in batch.specs)
 
 
 def train(
@@ -208,13 +203,15 @@ def train(
         raise said_once(
             f"--batch-size {batch_size} cannot be split evenly over {size} processes; choose a multiple of {size}"
         )
-    losses = _Losses(segmenter, metric_weight=metric_weight, dice_weight=dice_weight)
+    losses = TrainingLosses(segmenter, metric_weight=metric_weight, dice_weight=dice_weight)
     return optimise(
         _Segmenter(segmenter),
         lambda step: dealt(episodes, batch_size // size, start=step * batch_size),
         _over_ranks(losses),
         plan=plan,
-        describe=describe_episodes,
+        describe=lambda batch: account_of_episodes(
+            batch, losses="joint", metric_weight=metric_weight, dice_weight=dice_weight, **model_facts(segmenter)
+        ),
         folder=folder,
         checkpoint_every=checkpoint_every,
         resume=resume,

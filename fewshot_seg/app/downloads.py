@@ -52,8 +52,7 @@ def _written(session: Session, found: Findings, threshold: float, folder: Path) 
     written = []
     for looked, name in zip(found.looked, output_names(queries), strict=True):
         session.check_open()
-        if held_bytes(session.parent) > session.limits.disk_bytes:
-            raise DataError("no room for more files now: remove photos, or try again later")
+        _check_room(session)
         photo = open_photo(looked.query, most_pixels=session.limits.pixels)
         coarse = found.predictor.with_tiles(photo, session.margins_at(looked, threshold))
         one = writer.write(looked.query, name, Segmented(photo=photo, coarse=coarse))
@@ -62,6 +61,7 @@ def _written(session: Session, found: Findings, threshold: float, folder: Path) 
     write_json(folder / COCO_NAME, coco_document([one.coco for one in written if one.coco], (found.name,)))
     stem = file_stem(found.name)
     found.predictor.save_support(folder / f"{stem}.safetensors", found.examples)
+    _check_room(session, more=_zip_needs(folder / "found", folder / COCO_NAME))
     return Downloads(
         masks=_zipped(folder / "found", folder / f"{stem}-masks.zip", folder / COCO_NAME),
         coco=folder / COCO_NAME,
@@ -69,10 +69,31 @@ def _written(session: Session, found: Findings, threshold: float, folder: Path) 
     )
 
 
+def _check_room(session: Session, *, more: int = 0) -> None:
+    if held_bytes(session.parent) + more > session.limits.disk_bytes:
+        raise DataError("no room for more files now: remove photos, or try again later")
+
+
+_OF_AN_ENTRY = 1_000
+"""Bytes that a zip holds for a file besides its content, at most: its name twice, and numbers."""
+
+
+def _zip_needs(folder: Path, *others: Path) -> int:
+    """Bytes that `_zipped` takes at most, besides the files that it takes in: each goes when it is in the zip."""
+    inside = [one.stat().st_size for one in folder.rglob("*") if one.is_file()]
+    return (
+        max(inside, default=0) + sum(one.stat().st_size for one in others) + _OF_AN_ENTRY * (len(inside) + len(others))
+    )
+
+
 def _zipped(folder: Path, target: Path, *others: Path) -> Path:
+    """A zip of all files of a folder, which is removed, and of others, which stay."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # PNG and JPEG do not get smaller
-        for file in [*sorted(one for one in folder.rglob("*") if one.is_file()), *others]:
-            archive.write(file, file.relative_to(folder if file.is_relative_to(folder) else file.parent))
+        for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+            archive.write(file, file.relative_to(folder))
+            file.unlink()  # all files and the zip beside each other would be twice as large
+        for file in others:
+            archive.write(file, file.name)
     shutil.rmtree(folder)
     return target
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -129,11 +131,10 @@ async def _refuse(send: _Send, status: int, reason: str) -> None:
 
 
 def held_bytes(folder: Path) -> int:
-    """Of all files below a folder; those that vanish meanwhile count for nothing."""
+    """Of all files below a folder; files and folders that vanish meanwhile count for nothing."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.lstat().st_size
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):  # passes over a folder that is gone; Path.rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(f"{parent}/{name}").st_size
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -308,4 +308,20 @@ def build_page(
         make.click(page.make_files, cut, [made, made_notes], **light)
         blocks.unload(page.leave)
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=4)
+    _fetch_nothing(blocks)
     return blocks
+
+
+def _fetch_nothing(blocks: gr.Blocks) -> None:
+    """gradio downloads what a visitor names by its address, past all bounds of uploads; here, nothing is fetched."""
+
+    def of_files(move: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        async def moved(file: Any) -> Any:
+            if str(file).lower().startswith(("http:", "https:")):
+                raise ValueError("addresses are not fetched: upload the file itself")
+            return await move(file)
+
+        return moved
+
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = of_files(block.async_move_resource_to_block_cache)  # type: ignore[method-assign]

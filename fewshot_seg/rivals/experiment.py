@@ -12,6 +12,7 @@ from torch import nn
 
 from episodes.folds import ClassSplit
 from episodes.types import DataError
+from fewshot_seg.bad_steps import account_of_episodes
 from fewshot_seg.evaluation import choose_logit_thresholds
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.fold_data import FoldData, held_out_episodes, training_episodes
@@ -22,7 +23,6 @@ from fewshot_seg.rivals.model import HEAD, EpisodeModel, rival_logits
 from fewshot_seg.rivals.prototypes import PrototypeNetwork
 from fewshot_seg.rivals.transduction import TransductiveClassifier
 from fewshot_seg.trainee import NamedModules
-from fewshot_seg.training import describe_episodes
 
 
 def _grid_sides(data: FoldData) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def train_rival(
         batches,
         lambda batch: model.losses(batch.to(device)),
         plan=plan,
-        describe=describe_episodes,
+        describe=account_of_episodes,
         folder=folder,
         resume=resume,
         show_progress=show_progress,

@@ -114,12 +114,12 @@ def test_all_else_is_that_of_the_data_set() -> None:
     assert source.fingerprint(IMAGES[:2]) == SOURCE.fingerprint(IMAGES[:2])
 
 
-def test_drawn_marks_are_those_of_the_data_set() -> None:
+def test_drawn_marks_are_those_of_the_data_set_but_for_ignored_classes() -> None:
     drawn = IgnoredClasses(LABELLED, frozenset({2}))
     assert isinstance(drawn, WeaklyAnnotated)
     known = drawn.annotation("train-001-0000", 1, "box")
     assert known is not None
-    assert known.tolist() == [[255, 255, 0, 0, 0, 0]]
+    assert known.tolist() == [[255, 255, 255, 0, 0, 0]]  # class 2 fills the second and the third pixel
     assert drawn.annotation("train-001-0000", 1, "point") is None
     assert IgnoredClasses(SOURCE, frozenset({2})).annotation(IMAGES[0], 1, "box") is None
 

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from episodes.types import DataError
+from fewshot_seg.bad_steps import Account
 from fewshot_seg.checkpoint import load_part, read_tensors
 from fewshot_seg.optimisation import (
     CHECKPOINT_NAME,
@@ -98,7 +99,12 @@ def run(trainee: Small, plan: Plan, folder: Path | None = None, **options: Any) 
     settings: dict[str, Any] = {
         "batches": batches,
         "losses": trainee.losses,
-        "describe": lambda batch: f"{len(batch)} rows",
+        "describe": lambda batch: Account(
+            what="rows",
+            names=tuple(f"row {number}" for number in range(len(batch))),
+            tensors={"rows": batch},
+            alone=lambda number: batch[number : number + 1],
+        ),
         "checkpoint_every": 4,
         "log_every": 3,
         "resume": True,
@@ -273,7 +279,7 @@ class TestOptimise:
             factor = float("inf") if torch.equal(batch, batch_of(5)) else 1.0
             return {"loss": factor * trainee.losses(batch)["loss"]}
 
-        with pytest.raises(DataError, match="loss is inf at step 5; lower --learning-rate; 4 rows"):
+        with pytest.raises(DataError, match=r"loss is inf at step 5; .*; rows: row 0; row 1; row 2; row 3"):
             run(trainee, plan, losses=losses)
         assert all(parameter.isfinite().all() for parameter in trainee.parameters())
 

@@ -552,7 +552,7 @@ class TestTrainOnPhotos:
     ) -> None:
         similarity, batches = new_network(tiny_backbone), make_batches()
         nn.init.constant_(similarity.up.weight, float("nan"))
-        files = ", ".join(batches[0].files)
+        files = "; ".join(batches[0].files)
         with pytest.raises(DataError, match=rf"loss is nan at step 0; lower --learning-rate; photos: {files}"):
             train_on_photos(
                 similarity, batches, metric=build_metric_loss("contrastive"), plan=make_plan(), folder=tmp_path

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from episodes.types import DataError
 from fewshot_seg import app_commands
 from fewshot_seg.app import serving
-from fewshot_seg.app.guard import Guard, TooLongError
+from fewshot_seg.app.guard import Guard, TooLongError, held_bytes
 from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.markup import problems, query_list
 from fewshot_seg.app.serving import Served, check_address, check_package
@@ -111,6 +113,28 @@ class TestAddress:
         kinds = [one.cls.__name__ for one in serving._middleware(host, Limits(), tmp_path)]
         assert ("TrustedHostMiddleware" in kinds) == own
         assert "Guard" in kinds
+
+    @pytest.mark.parametrize(
+        ("addresses", "own"),
+        [(["127.0.0.1"], True), (["127.0.1.1", "127.0.0.2"], True), (["127.0.0.1", "192.0.2.7"], False), ([], False)],
+    )
+    def test_a_name_is_what_it_stands_for(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, addresses: list[str], own: bool
+    ) -> None:
+        """A machine's own name often stands for 127.0.1.1: no warning, and no other host's name is let in."""
+
+        def resolve(host: str, *_: Any) -> list[Any]:
+            assert host == "my-laptop"
+            if not addresses:
+                raise socket.gaierror("not known")
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        assert serving.is_loopback("my-laptop") == own
+        if own:
+            pytest.importorskip("starlette", reason="gradio is not installed")
+            hosts = serving._middleware("my-laptop", Limits(), tmp_path)[0].kwargs["allowed_hosts"]
+            assert hosts == ["127.0.0.1", "localhost", "my-laptop"]
 
     def test_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GRADIO_SHARE", "true")
@@ -226,6 +250,40 @@ class TestGuard:
         assert answer(guard, b"", path="/gradio_api/upload", length="600") == 200
         assert nested == [507]
         assert answer(guard, b"", path="/gradio_api/upload", length="600") == 200
+
+
+class TestHeldBytes:
+    def test_files_below(self, tmp_path: Path) -> None:
+        (tmp_path / "deep" / "er").mkdir(parents=True)
+        (tmp_path / "deep" / "er" / "a").write_bytes(b"0" * 30)
+        (tmp_path / "b").write_bytes(b"0" * 4)
+        assert held_bytes(tmp_path) == 34
+        assert held_bytes(tmp_path / "gone") == 0
+
+    def test_sessions_that_are_closed_meanwhile(self, tmp_path: Path) -> None:
+        """Counting while folders come and go: an upload of one visitor must not fail because another one leaves."""
+        ended, failed = threading.Event(), list[OSError]()
+
+        def come_and_go() -> None:
+            while not ended.is_set():
+                for number in range(20):
+                    (tmp_path / str(number) / "files").mkdir(parents=True)
+                    (tmp_path / str(number) / "files" / "a").write_bytes(b"0")
+                for number in range(20):
+                    shutil.rmtree(tmp_path / str(number))
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            for _ in range(300):
+                try:
+                    held_bytes(tmp_path)
+                except OSError as error:
+                    failed.append(error)
+        finally:
+            ended.set()
+            thread.join()
+        assert failed == []
 
 
 class TestMarkup:

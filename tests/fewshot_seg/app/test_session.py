@@ -19,6 +19,7 @@ from episodes.types import DataError, UInt8Array
 from fewshot_seg.app import session as session_module
 from fewshot_seg.app.downloads import write_downloads
 from fewshot_seg.app.drawings import Drawing, Shape, annotation_of
+from fewshot_seg.app.guard import held_bytes
 from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.session import SUPPORT_SIDE, Engine, Session
 from fewshot_seg.app.sessions import Sessions
@@ -298,6 +299,32 @@ class TestDownloads:
         with pytest.raises(DataError, match="no room for more files"):
             write_downloads(session, 0.0)
         assert list(session.files.iterdir()) == []
+
+    def test_the_zip_is_foreseen(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With so much room that all files fit, but not once more: the zip takes them in one by one."""
+        session.find({1: OUTLINE})
+        most = [0]
+        write = zipfile.ZipFile.write
+
+        def watched(archive: zipfile.ZipFile, *arguments: Any) -> None:
+            write(archive, *arguments)
+            most[0] = max(most[0], held_bytes(session.parent))
+
+        monkeypatch.setattr(zipfile.ZipFile, "write", watched)
+        before = held_bytes(session.parent)
+        made = write_downloads(session, 0.0)
+        with zipfile.ZipFile(made.masks) as archive:
+            sizes = [one.file_size for one in archive.infolist()]
+        held = held_bytes(session.parent)
+        assert most[0] <= held + max(sizes)
+        allowed = max(most[0], held) + 1000 * len(sizes) + max(sizes)
+        session.limits = dataclasses.replace(session.limits, disk_bytes=allowed)
+        write_downloads(session, 0.0)
+        for room in (allowed - sum(sizes) // 2, held - 1):
+            session.limits = dataclasses.replace(session.limits, disk_bytes=room)
+            with pytest.raises(DataError, match="no room for more files"):
+                write_downloads(session, 0.0)
+            assert held_bytes(session.parent) == before
 
 
 class TestSessions:

@@ -1,6 +1,6 @@
 """The episodes of an evaluation as a file, so that two programs can be compared on the same ones.
 
-The file is one JSON object, UTF-8:
+The file is one JSON object, UTF-8::
 
     {
      "format": 1,

@@ -37,6 +37,7 @@ from fewshot_seg.training import TrainingLosses
 
 Losses = Callable[[int | None], Mapping[str, Tensor]]
 """Of the whole batch (None), or of one of its examples alone."""
+_PARTS = ("similarity", "decoder", "completion", "base_learner")
 
 
 def replay(path: Path) -> tuple[list[str], bool]:
@@ -109,9 +110,10 @@ def _again(kept: KeptStep, path: Path) -> tuple[nn.Module, Losses | None]:
         return nn.Identity(), None
     strides = None if facts["strides"] is None else tuple(facts["strides"])
     backbone = build_backbone(facts["backbone"], strides=strides, weights="random")
-    segmenter = segmenter_of(facts["model"], backbone, kept.weights, where=path)
-    for name in ("similarity", "decoder", "completion", "base_learner"):
-        if any(one.startswith(f"{name}.") for one in kept.weights):
+    of_model = {name: one for name, one in kept.weights.items() if name.partition(".")[0] in _PARTS}
+    segmenter = segmenter_of(facts["model"], backbone, of_model, where=path)
+    for name in _PARTS:
+        if any(one.startswith(f"{name}.") for one in of_model):
             load_part(getattr(segmenter, name), kept.weights, prefix=f"{name}.", where=path)
     segmenter.train()
 

@@ -99,14 +99,15 @@ def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tens
         load_part(getattr(segmenter, part), tensors, prefix=f"{part}.", where=where)
 
 
-def load_part(part: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str, where: Path) -> None:
+def load_part(part: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str, where: Path, finite: bool = True) -> None:
     """Put the tensors whose names begin with `prefix` into a module.
 
     Raises:
-        DataError: names, shapes or types differ, or numbers are not finite; `where` is the file that is named.
+        DataError: names, shapes or types differ, or numbers are not finite (unless `finite` is False); `where` is the
+            file that is named.
     """
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    _check_fit(part.state_dict(), state, where)
+    _check_fit(part.state_dict(), state, where, finite)
     part.load_state_dict(state)
 
 
@@ -120,14 +121,14 @@ def _check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where
         raise DataError(f"{where} does not fit this model: {len(wrong)} tensors differ, first {', '.join(wrong[:3])}")
 
 
-def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, finite: bool = True) -> None:
     _check_names(own, tensors, where)
     for name, tensor in tensors.items():
         if tensor.dtype != own[name].dtype:
             raise DataError(
                 f"{where} does not fit this model: {name} is {tensor.dtype}, expected {own[name].dtype}; train it again"
             )
-        if not bool(tensor.isfinite().all()):
+        if finite and not bool(tensor.isfinite().all()):
             raise DataError(f"{where} holds numbers in {name} that are not finite; train it again")
 
 

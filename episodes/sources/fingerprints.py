@@ -8,8 +8,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from episodes.digests import content_digests
 from episodes.sources.decoding import missing_file
-from episodes.sources.digests import content_digests
 from episodes.sources.errors import SourceError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from episodes.sources.digests import default_cache
+from episodes.digests import default_cache as default_cache  # of every verb that caches
 from episodes.types import DataError
 from fewshot_seg.config.machinery import Config, setting
 

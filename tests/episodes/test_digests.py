@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from episodes.sources import SourceError, digests
-from episodes.sources.digests import content_digests
+from episodes import digests
+from episodes.digests import content_digests
+from episodes.sources import SourceError
 from episodes.sources.fingerprints import fingerprint_files
 
 

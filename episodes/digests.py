@@ -76,14 +76,15 @@ def _opened(memory: Path) -> Iterator[sqlite3.Connection | None]:
         with kept:
             kept.execute(_TABLE)
     except (OSError, sqlite3.Error):
-        kept = _closed(kept)
+        _close(kept)
+        kept = None
     try:
         yield kept
     finally:
-        _closed(kept)
+        _close(kept)
 
 
-def _closed(kept: sqlite3.Connection | None) -> None:
+def _close(kept: sqlite3.Connection | None) -> None:
     if kept is not None:
         with contextlib.suppress(sqlite3.Error):
             kept.close()

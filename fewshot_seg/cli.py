@@ -209,9 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
         return 2
     except BrokenPipeError:  # whoever read stdout has gone: `fewshot-seg ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
     except OSError as error:
+        _drop_stdout()
         _say(f"error: {_of_the_system(error)}", ranks)
         return 2
     except RuntimeError as error:
@@ -267,6 +268,15 @@ def _of_the_system(error: OSError) -> str:
     """One line of what the system refused, wherever it was."""
     where = "" if error.filename is None else f"{error.filename}: "
     return " ".join(f"{where}{reason_of(error)}".split())
+
+
+def _drop_stdout() -> None:
+    """What cannot be written is not tried again at the interpreter's end, which would add a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str, ranks: Ranks, *, alike: bool = False) -> None:

@@ -101,7 +101,7 @@ def _fill_store(folder: Path, again: bool) -> int:
     source = FewPictures(images_per_class=8)
     backbone = build_backbone("mobilenetv3_small_050", weights="random")
     store = FeatureStore(backbone, source, size=SIDE, directory=folder / "cache")
-    store.ensure(source.image_ids("train"))
+    store.ensure(source.ids("train"))
     return 0
 
 
@@ -220,7 +220,7 @@ def make_shelf(shelf: Path) -> None:
 
 def _members() -> Mapping[str, bytes]:
     random = np.random.default_rng(1)
-    voc = {f"VOCdevkit/VOC2012/JPEGImages/{n}.jpg": random.bytes(8000) for n in range(120)}
+    voc = {f"VOCdevkit/VOC2012/JPEGImages/{n}.bin": random.bytes(8000) for n in range(120)}
     lists = {"VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt": b"1\n2\n"}
     sbd = {f"benchmark_RELEASE/dataset/cls/{n}.mat": random.bytes(2000) for n in range(60)}
     return voc | lists | sbd

@@ -110,6 +110,10 @@ def _train_model(case: Case, folder: Path, shelf: Path) -> None:
     shutil.copy(folder / "out" / "model.safetensors", shelf)
 
 
+class FailedError(Exception):
+    """A run ended by itself, but not well."""
+
+
 def torture(case: Case, folder: Path, *, kills: int, draw: random.Random) -> Count:
     """Kill a case so many times in all, in as many sequences of kills as it takes.
 
@@ -133,13 +137,18 @@ def torture(case: Case, folder: Path, *, kills: int, draw: random.Random) -> Cou
                 at_event = draw.random() < 0.5
                 event = draw.randint(1, events) if at_event else None
                 moment = Moment(event, draw.uniform(0, 0.02) if at_event else draw.uniform(0, seconds))
-            ended = _start(case, folder, again=in_a_row > 0, moment=moment).wait_for_end()
+            try:
+                ended = _start(case, folder, again=in_a_row > 0, moment=moment).wait_for_end()
+            except FailedError as error:
+                print(error, file=sys.stderr)
+                break
             if not ended:
                 in_a_row, count.kills = in_a_row + 1, count.kills + 1
                 _inspect(case, folder, count)
         count.ended += 1
-        count.identical += _same(contents(folder), whole)
-        count.left_over += len(_temporary_files(folder))
+        if ended:
+            count.identical += _same(contents(folder), whole)
+            count.left_over += len(_temporary_files(folder))
     return count
 
 
@@ -189,7 +198,7 @@ class _start:  # noqa: N801 - read as a verb: it starts a process
         os.close(said)
 
     def wait_for_end(self) -> bool:
-        """Whether it ended by itself; raises RuntimeError if it did so with another exit code than 0."""
+        """Whether it ended by itself; raises FailedError if it did so with another exit code than 0."""
         if self._moment is not None:
             if self._moment.event is not None:
                 select.select([self._heard], [], [])
@@ -207,7 +216,7 @@ class _start:  # noqa: N801 - read as a verb: it starts a process
             return False
         if status != 0:
             said = self._log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{self._case.name} ended with status {status}: {said}")
+            raise FailedError(f"{self._case.name} ended with status {status}: {said}")
         return True
 
     def events(self) -> int:

@@ -169,6 +169,8 @@ def _archive_file(
 ) -> tuple[Path, dict[str, str]]:
     folder = target / _DOWNLOADS if archives is None else user_path(archives)
     path = folder / archive.name
+    if archives is not None and not path.exists():
+        _check_all_there([archive], folder)
     if not path.exists():
         addresses = archive.addresses if mirror is None else (f"{mirror.rstrip('/')}/{archive.name}",)
         _make_folder(folder)

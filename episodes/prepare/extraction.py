@@ -22,6 +22,7 @@ from episodes.sources.decoding import reason_of
 from episodes.types import DataError
 
 _LEAST = 512  # what an entry takes at least: a million empty files are a bomb too
+_LONGEST_TAIL = 1 << 26
 _LONGEST_HEADER = 1 << 20  # what a tar may say of one member: its long name, its comments
 
 
@@ -120,6 +121,11 @@ def _unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
     plain = file if reader is None else reader(file)
     try:
         yield cast(IO[bytes], _InSmallParts(plain))
+        rest = 0
+        while chunk := plain.read(_LONGEST_HEADER):  # checksums come last, after what a tar needs
+            rest += len(chunk)
+            if rest > _LONGEST_TAIL:
+                raise tarfile.ReadError("it goes on after its end")
     finally:
         if plain is not file:
             plain.close()

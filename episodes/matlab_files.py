@@ -95,7 +95,7 @@ def _elements(view: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
 def _numbers(data: memoryview | bytes, kind: int, order: str) -> npt.NDArray[Any]:
     if kind not in _TYPES:
         raise ValueError(f"numbers of type {kind}")
-    return np.frombuffer(data, np.dtype(_TYPES[kind]).newbyteorder(order))  # raises ValueError for a broken number
+    return np.frombuffer(data, np.dtype(order + _TYPES[kind]))  # raises ValueError for a broken number
 
 
 def _matrix(view: memoryview, order: str, depth: int) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from tqdm import tqdm
 
@@ -112,7 +112,7 @@ def _unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
     """The plain tar of a file that may be compressed; a header that asks for too much memory is an error."""
     magic = file.read(6)
     file.seek(0)
-    readers: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    readers: dict[bytes, Callable[[IO[bytes]], Any]] = {
         b"\x1f\x8b": lambda one: gzip.GzipFile(fileobj=one),
         b"BZh": bz2.BZ2File,
         b"\xfd7zXZ\0": lzma.LZMAFile,

@@ -173,14 +173,18 @@ class TestPlaces:
         os.mkfifo(tmp_path / "pipe")
         refused(lambda: read(tmp_path / "pipe"), tmp_path / "pipe", "named pipe")
 
-    @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "x\0y", "a" * 400])
-    def test_ids_of_a_list_that_lead_nowhere(self, tiny_voc: Path, name: str) -> None:
-        (tiny_voc / "ImageSets" / "Segmentation" / "val.txt").write_text(f"{name}\n")
+    @pytest.mark.parametrize("name", ["../../secret", "a/../../secret", "/etc/passwd", "x\0y"])
+    def test_ids_of_a_list_that_lead_out_of_the_data(self, tiny_voc: Path, name: str) -> None:
+        path = tiny_voc / "ImageSets" / "Segmentation" / "val.txt"
+        path.write_text(f"{name}\n")
+        refused(lambda: VocSource(tiny_voc).ids("val"), path, "leads out of the data set")
+
+    @pytest.mark.parametrize("name", ["a" * 400, "x\0y", "\ud800"])
+    def test_ids_that_no_file_has(self, tiny_voc: Path, name: str) -> None:
         source = VocSource(tiny_voc)
-        (image_id,) = source.ids("val")
         for read in (source.image, source.class_masks, lambda one: source.fingerprint([one])):
             with pytest.raises(SourceError) as caught:
-                read(image_id)
+                read(name)
             assert str(caught.value).isprintable()
 
     def test_photos_outside_their_folder(self, tmp_path: Path) -> None:

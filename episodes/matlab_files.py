@@ -1,8 +1,8 @@
 """MATLAB files of version 5 (as versions 6 and 7 of MATLAB write them), read without trust.
 
-`scipy.io.loadmat` follows the lengths in a file without looking whether they fit: one changed byte ends the process with
-a segmentation fault, which no caller can catch (scripts/fuzz_readers.py). What data sets use of the format is little:
-numbers, texts, cells and structs. See "MAT-File Format", The MathWorks; the tests compare with SciPy.
+`scipy.io.loadmat` follows the lengths in a file without looking whether they fit: one changed byte ends the process
+with a segmentation fault, which no caller can catch (scripts/fuzz_readers.py found it). What data sets use of the
+format is little: numbers, texts, cells and structs. See "MAT-File Format", The MathWorks; the tests compare with SciPy.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _elements(view: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
 def _numbers(data: memoryview | bytes, kind: int, order: str) -> npt.NDArray[Any]:
     if kind not in _TYPES:
         raise ValueError(f"numbers of type {kind}")
-    return np.frombuffer(data, np.dtype(_TYPES[kind]).newbyteorder(order))  # raises ValueError for a broken number
+    return np.frombuffer(data, np.dtype(order + _TYPES[kind]))  # raises ValueError for a broken number
 
 
 def _matrix(view: memoryview, order: str, depth: int) -> tuple[str, Any]:
@@ -106,7 +106,7 @@ def _matrix(view: memoryview, order: str, depth: int) -> tuple[str, Any]:
         raise ValueError("parts in parts in parts")
     parts = _elements(view, order)
     try:
-        flags, shape, name = (_numbers(*_of_type(next(parts), kind), order) for kind in (6, 5, 1))
+        flags, shape, name = [_numbers(*_of_type(next(parts), kind), order) for kind in (6, 5, 1)]
         class_and_flags, sides = int(flags[0]), [int(side) for side in shape]
         if len(sides) < 2 or min(sides) < 0:
             raise ValueError(f"a shape of {sides}")

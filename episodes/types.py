@@ -30,6 +30,10 @@ SupportKind = Literal["mask", "box", "scribble", "point", "label"]
 SUPPORT_KINDS: tuple[SupportKind, ...] = get_args(SupportKind)
 
 
+_LONGEST = 2000
+"""Characters of a message; of longer ones beginning and end are shown, which say where and how to mend it."""
+
+
 class DataError(ValueError):
     """A problem of the user's data or request: one line that says what was expected, what came, how to mend it.
 
@@ -38,7 +42,8 @@ class DataError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
 
 
 def printable(text: str) -> str:

@@ -179,11 +179,12 @@ def _matches(pattern: Path) -> Iterator[Path]:
     """Files of a glob; hidden ones where the pattern says so. ``**`` follows no links: they may lead in circles."""
     parts = pattern.parts[1:] if pattern.is_absolute() else pattern.parts
     wanted = "/".join((*parts, "*") if parts and parts[-1] == "**" else parts)
+    wants_hidden = any(part.startswith(".") and part.strip(".") for part in parts)
     folder = Path(pattern.anchor)
     with suppress(ValueError, NotImplementedError, OSError):  # no pattern at all, or a folder that cannot be read
         for path in folder.glob(wanted):
-            shown = all(part in parts for part in path.relative_to(folder).parts if part.startswith("."))
-            if shown and is_file(path):
+            hidden = any(part.startswith(".") and part not in parts for part in path.relative_to(folder).parts)
+            if (wants_hidden or not hidden) and is_file(path):
                 yield path
 
 

@@ -775,7 +775,11 @@ def read_upload(path: Path) -> None:
 def read_page(path: Path) -> None:
     """What the configuration of `predict` and `evaluate` takes from a file."""
     for config in (PredictConfig, EvaluateConfig):
-        resolve(config, {"support": ("a.jpg",), "query": ("b.jpg",)} if config is PredictConfig else {}, path)
+        resolve(
+            config,
+            {"support": ("a.jpg",), "query": ("b.jpg",)} if config is PredictConfig else {"data": "synthetic"},
+            path,
+        )
 
 
 _DRAWING = {"kind": "mask", "shapes": [
@@ -895,7 +899,7 @@ def targets() -> list[Target]:
         Target(name="weight file", seeds=weight_files(), read=read_weight_file, share=6),
         *(Target(name="feature file", seeds={"f": content}, read=read_features, place=place, share=3)
           for place, content in features.items()),
-        *_in_place(run, read_report, "report", list(run), kind="json", share=2),
+        *_in_place(run, read_report, "report", list(run), kind="json"),
         Target(name="explainer scores", seeds={"s.jsonl": scores.encode()}, kind="text", read=read_explainer_scores),
         Target(name="manifest", seeds={"manifest.json": written(_manifest, "manifest.json")}, kind="json",
                read=read_manifest, place="manifest.json"),

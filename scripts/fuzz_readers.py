@@ -5,7 +5,8 @@
 
 Every outcome must be a correct result (the readers of `fuzz_corpus` check it), or an error of ours of one printable
 line. Anything else is a crash: another exception, more than 10 seconds, more than 1.5 GB, a process that dies, code
-that runs, a file written elsewhere. Crashes are kept in --keep with what is needed to replay them, and the exit code is 1.
+that runs, a file written elsewhere. Crashes are kept in --keep with what is needed to replay them, and the exit code
+is 1.
 
 Half of the inputs are structures drawn by hypothesis (JSON trees, headers of safetensors files, chunks of PNG, values
 of TOML), the others are valid files whose bytes are changed. Inputs are decided by the seed. They are read in forked
@@ -41,6 +42,7 @@ from episodes.types import DataError
 
 SECONDS = 10.0
 """That one input may take."""
+OUTCOMES = ("correct", "SourceError", "DataError", "refused for memory", "crash")
 _SILENCE = 60.0  # after which a process that does not even heed its alarm is killed
 _ROOM = 3 * 2**30  # address space beyond what is taken at first
 _MOST_RESIDENT = 1_500_000  # kB
@@ -147,7 +149,7 @@ def read_all(target: Target, number: int, seed: int, count: int, start: int, hom
     signal.signal(signal.SIGALRM, _too_long)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, size + _ROOM))
-    watch = Watch(home)
+    watch, tempfile.tempdir = Watch(home), str(home)
     sys.addaudithook(watch)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with _silence():
@@ -276,7 +278,6 @@ def fuzz(count: int, seed: int, *, only: str | None = None, keep: Path) -> dict[
 
 def table(tallies: dict[str, Tally]) -> str:
     """Counts by reader."""
-    columns = ("correct", "SourceError", "DataError", "refused for memory", "crash")
     lines = [
         "| reader | inputs | correct | SourceError | DataError | of these for memory | crashes | seconds |",
         "|---|" + "---:|" * 7,
@@ -285,8 +286,8 @@ def table(tallies: dict[str, Tally]) -> str:
     for name, tally in tallies.items():
         counts = tally.outcomes
         sums.update(counts)
-        lines.append(_row(name, counts, columns, tally.seconds))
-    lines.append(_row("**all**", sums, columns, sum(tally.seconds for tally in tallies.values())))
+        lines.append(_row(name, counts, OUTCOMES, tally.seconds))
+    lines.append(_row("**all**", sums, OUTCOMES, sum(tally.seconds for tally in tallies.values())))
     return "\n".join(lines)
 
 

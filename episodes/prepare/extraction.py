@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from episodes.files import require_file
 from episodes.progress import tqdm
@@ -21,6 +21,7 @@ from episodes.sources.decoding import reason_of
 from episodes.types import DataError
 
 _LEAST = 512  # what an entry takes at least: a million empty files are a bomb too
+_LONGEST_TAIL = 1 << 26
 _LONGEST_HEADER = 1 << 20  # what a tar may say of one member: its long name, its comments
 
 
@@ -110,7 +111,7 @@ def _unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
     """The plain tar of a file that may be compressed; a header that asks for too much memory is an error."""
     magic = file.read(6)
     file.seek(0)
-    readers: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    readers: dict[bytes, Callable[[IO[bytes]], Any]] = {
         b"\x1f\x8b": lambda one: gzip.GzipFile(fileobj=one),
         b"BZh": bz2.BZ2File,
         b"\xfd7zXZ\0": lzma.LZMAFile,
@@ -119,6 +120,11 @@ def _unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
     plain = file if reader is None else reader(file)
     try:
         yield cast(IO[bytes], _InSmallParts(plain))
+        rest = 0
+        while chunk := plain.read(_LONGEST_HEADER):  # checksums come last, after what a tar needs
+            rest += len(chunk)
+            if rest > _LONGEST_TAIL:
+                raise tarfile.ReadError("it goes on after its end")
     finally:
         if plain is not file:
             plain.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 import numpy as np
@@ -214,7 +214,12 @@ def _read_list(path: Path, mend: str) -> tuple[str, ...]:
         raise SourceError(path, "missing", "no such list", mend) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(path, "undecodable", f"not a readable text file ({error})", "replace it") from None
-    return tuple(line.split()[0] for line in lines if line.strip())
+    ids = tuple(line.split()[0] for line in lines if line.strip())
+    outside = next((one for one in ids if one.startswith("/") or "\0" in one or ".." in PurePosixPath(one).parts), None)
+    if outside is not None:
+        mend = "list photos by their names, without suffix"
+        raise SourceError(path, "unsafe-name", f"id {outside!r:.100} leads out of the data set", mend)
+    return ids
 
 
 def _mend_list(name: str) -> str:

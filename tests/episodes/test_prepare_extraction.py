@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import io
+import os
 import shutil
 import stat
 import tarfile
@@ -15,6 +18,8 @@ import numpy as np
 import pytest
 
 from episodes.prepare.extraction import extract
+from episodes.prepare.part import Part
+from episodes.prepare.records import read_record
 from episodes.types import DataError
 
 FILES = {"data/a.txt": b"alpha", "data/deep/b.txt": b"beta", "data/empty": b"", "other/c.txt": b"gamma"}
@@ -241,3 +246,89 @@ def test_an_encrypted_zip(tmp_path: Path) -> None:
 def test_a_missing_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot unpack: No such file"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+class TestBombsOfTheFormat:
+    """What a tar may say of itself, and takes memory, disk or time before any member's size is known."""
+
+    def test_a_header_that_unpacks_to_a_gigabyte(self, tmp_path: Path) -> None:
+        header = tarfile.TarInfo("pax")
+        header.type, header.size = tarfile.XHDTYPE, 10**9
+        path = tmp_path / "a.tgz"
+        with gzip.open(path, "wb") as file:
+            file.write(header.tobuf(tarfile.USTAR_FORMAT))
+            file.write(bytes(10**7))
+        with pytest.raises(DataError, match="a header of 1000000000 bytes"):
+            unpack(path, tmp_path / "out")
+
+    def test_links_to_a_large_member_that_is_not_wanted(self, tmp_path: Path) -> None:
+        """Each would be another copy of it, and none counts."""
+        links = [link(f"data/{n}", "other/c.txt", tarfile.LNKTYPE) for n in range(100)]
+        path = write_tar(tmp_path / "a.tar", FILES, *links)
+        with pytest.raises(DataError, match="'data/0' is a link to a file that is not unpacked"):
+            unpack(path, tmp_path / "out")
+
+    @pytest.mark.parametrize("size", ["-512", "-100000", "9" * 30, "no number"])
+    def test_sizes_that_are_none(self, tmp_path: Path, size: str) -> None:
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+            member = tarfile.TarInfo("data/folder")
+            member.type, member.pax_headers = tarfile.DIRTYPE, {"size": size}
+            archive.addfile(member)
+        with contextlib.suppress(DataError):  # Python's versions differ in what they make of it; none goes on for ever
+            assert unpack(path, tmp_path / "out") == {}
+
+    @pytest.mark.parametrize("suffix", [".tar.xz", ".tar.bz2", ".tgz"])
+    @pytest.mark.parametrize("kept", [0.3, 0.9])
+    def test_damaged_inside(self, tmp_path: Path, suffix: str, kept: float) -> None:
+        path = tmp_path / f"a{suffix}"
+        mode = {".tar.xz": "w:xz", ".tar.bz2": "w:bz2", ".tgz": "w:gz"}[suffix]
+        with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+            member = tarfile.TarInfo("data/noise")
+            member.size = 300_000
+            archive.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(300_000)))
+        assert unpack(path, tmp_path / "sound").keys() == {"data/noise"}
+        content = bytearray(path.read_bytes())
+        place = int(kept * len(content))
+        content[place : place + 50] = bytes(50)
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a sound archive"):
+            unpack(path, tmp_path / "out")
+
+    def test_a_damaged_member_of_a_zip_by_lzma(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+            archive.writestr("data/noise", np.random.default_rng(0).bytes(10_000))
+        content = bytearray(path.read_bytes())
+        content[60:200] = bytes(140)
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a sound archive"):
+            unpack(path, tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["a.zip", "a.tar"])
+    def test_a_pipe(self, tmp_path: Path, name: str) -> None:
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="named pipe"):
+            unpack(tmp_path / name, tmp_path / "out")
+
+
+class TestRecords:
+    @pytest.mark.parametrize(
+        "record", ["[" * 100_000, "{}", '{"archives": 3}',
+                   '{"archives": {"a": {"complete": 1, "sha256": 2, "folders": {}}}}',
+                   '{"archives": {"a": {"complete": true, "sha256": "", "folders": {"../..": [1, 2]}}}}']
+    )  # fmt: skip
+    def test_a_record_that_is_none(self, tmp_path: Path, record: str) -> None:
+        (tmp_path / "prepared.json").write_text(record)
+        with pytest.raises(DataError, match="is not a record of `data prepare`"):
+            read_record(tmp_path)
+
+    @pytest.mark.parametrize(
+        "record", ["[" * 100_000, '{"validator": "a\\r\\nHost: evil", "total": 3}', '{"validator": 5, "total": 3}',
+                   '{"validator": "a", "total": -1}', '{"validator": "a", "total": "3"}',
+                   '{"validator": "\\u00e9", "total": 3}']
+    )  # fmt: skip
+    def test_a_part_that_is_none_is_fetched_anew(self, tmp_path: Path, record: str) -> None:
+        """What is recorded of a broken download becomes a header of the next request."""
+        (tmp_path / "a.zip.part.json").write_text(record)
+        assert Part(tmp_path, "a.zip").origin() is None

@@ -1,6 +1,6 @@
 """The episodes of an evaluation as a file, so that two programs can be compared on the same ones.
 
-The file is one JSON object, UTF-8:
+The file is one JSON object, UTF-8::
 
     {
      "format": 1,
@@ -27,17 +27,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from episodes.files import read_text
 from episodes.protocols import Pair
 from episodes.sampler import spec_to_json
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError, EpisodeSpec, MaskSource
+from episodes.writing import atomic_path
 
 FORMAT = 1
 _KINDS: Mapping[type, str] = MappingProxyType({str: "a text", int: "a whole number", list: "a list", dict: "an object"})
@@ -157,22 +158,9 @@ def write_episodes(path: Path, file: EpisodeFile) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    text, path = episodes_as_text(file), Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=".part")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from None
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        beside.chmod(0o644)
-        beside.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    text = episodes_as_text(file)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_episodes(path: Path) -> EpisodeFile:
@@ -183,7 +171,7 @@ def read_episodes(path: Path) -> EpisodeFile:
             that do not have the fingerprint written beside them. The message names the file and the place.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise DataError(f"cannot read episodes {path}: {error.strerror}; name a file of episodes") from None
     except (ValueError, RecursionError) as error:
@@ -258,7 +246,7 @@ def _of_kind(value: Any, kind: type[_Kind], place: str) -> _Kind:
 
 
 def _shown(value: object) -> str:
-    return repr(value)[:60]
+    return shown(value, 60)
 
 
 def check_episodes(file: EpisodeFile, source: MaskSource, split: str) -> None:

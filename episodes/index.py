@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from episodes.files import read_text
+from episodes.progress import tqdm
 from episodes.types import DataError, MaskSource, UInt8Array
+from episodes.writing import atomic_path
 
 _FORMAT = 1
 _CHUNK = 32
@@ -219,28 +220,22 @@ def _store(path: Path, index: ClassIndex) -> None:
         ],
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise DataError(f"cannot keep the index in {path.parent}: {error.strerror}; name another --cache") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, separators=(",", ":"))
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    except DataError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        raise DataError(f"cannot keep the index in {path.parent}: {reason}; name another --cache") from error
 
 
 def _load(path: Path, image_ids: tuple[str, ...], fingerprint: str) -> ClassIndex | None:
     """The stored index, or None when there is none, it is damaged, or the data have changed since."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         if content["format"] != _FORMAT or content["fingerprint"] != fingerprint:
             return None
         areas = {str(name): {int(c): int(area) for c, area, _ in rows} for name, rows in content["images"]}
         points = {str(name): {int(c): int(count) for c, _, count in rows} for name, rows in content["images"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
         return None
     if tuple(areas) != tuple(dict.fromkeys(image_ids)):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageOps
 
+from episodes.files import is_file, real_path
 from episodes.sources import SourceError
-from episodes.sources.decoding import missing_file, opened, rgb
+from episodes.sources.decoding import opened, rgb
+from episodes.sources.fingerprints import fingerprint_files
 from episodes.types import DataError, UInt8Array
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -92,16 +93,8 @@ class LabelledImages:
         return self.root / image_id
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of these photos. Raises SourceError for a missing one."""
-        digest = hashlib.sha256()
-        for image_id in image_ids:
-            path = f"{self.root}/{image_id}"
-            try:
-                entry = os.stat(path)  # noqa: PTH116  thousands of files: a Path each would double the time
-            except OSError:
-                raise missing_file(Path(path)) from None
-            digest.update(f"{image_id}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        """Hex digest of the relative paths and contents of these photos. Raises SourceError for a missing one."""
+        return fingerprint_files((image_id, (f"{self.root}/{image_id}",)) for image_id in image_ids)
 
     def select(self, labels: Collection[str]) -> LabelledImages:
         """The photos with these labels, in the same order. Raises DataError for no or an unknown label."""
@@ -165,7 +158,7 @@ def find_root(root: Path | str, inner: Iterable[str], needs: Sequence[str], layo
     Raises:
         SourceError: names the first entry that is missing, in the folder that has most of them.
     """
-    root = Path(root).expanduser().resolve()
+    root = real_path(root)
     candidates = (root, *(root / name for name in inner))
     missing = {folder: [need for need in needs if not _is_there(folder / need)] for folder in candidates}
     best = min(candidates, key=lambda folder: len(missing[folder]))
@@ -180,4 +173,4 @@ def find_root(root: Path | str, inner: Iterable[str], needs: Sequence[str], layo
 
 
 def _is_there(path: Path) -> bool:
-    return path.is_file() if path.suffix else path.is_dir()
+    return is_file(path) if path.suffix else path.is_dir()

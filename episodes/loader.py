@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -110,6 +110,27 @@ def _marked(mask: Tensor, kind: SupportKind) -> Tensor:
     return torch.from_numpy(derive_annotation(plain.numpy(), kind)).masked_fill(outside, OUTSIDE)
 
 
+class _Carrying(Dataset["EpisodeBatch | DataError"]):
+    """Episodes, or the errors of those that cannot be read: a worker process would turn an error into its traceback."""
+
+    def __init__(self, dataset: EpisodeDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> EpisodeBatch | DataError:
+        try:
+            return self._dataset[index]
+        except DataError as error:
+            return DataError(str(error))  # errors of sources have more arguments, and do not travel
+
+
+def _collate_or_error(found: Sequence[EpisodeBatch | DataError]) -> EpisodeBatch | DataError:
+    batches = [one for one in found if isinstance(one, EpisodeBatch)]
+    return collate(batches) if len(batches) == len(found) else next(one for one in found if isinstance(one, DataError))
+
+
 def collate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
     """One batch from several of equal shots and size, in order."""
     return EpisodeBatch(
@@ -131,7 +152,7 @@ def _one_thread(worker: int) -> None:
 
 def episode_loader(
     dataset: EpisodeDataset, *, batch_size: int, workers: int = 0, start: int = 0
-) -> DataLoader[EpisodeBatch]:
+) -> Iterator[EpisodeBatch]:
     """Batches of episodes start, start + 1, ... in order; the last may be smaller.
 
     Args:
@@ -141,7 +162,7 @@ def episode_loader(
         start: first episode, so that an interrupted run goes on where it stopped.
 
     Raises:
-        DataError: an argument outside its range.
+        DataError: an argument outside its range; from the batches, a photo or mask that cannot be read.
     """
     if batch_size < 1:
         raise DataError(f"batch size must be at least 1, got {batch_size}")
@@ -149,12 +170,21 @@ def episode_loader(
         raise DataError(f"number of workers must not be negative, got {workers}")
     if not 0 <= start <= len(dataset):
         raise DataError(f"first episode must be in 0..{len(dataset)}, got {start}")
-    return DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Carrying(dataset),
         batch_size=batch_size,
         sampler=range(start, len(dataset)),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_or_error,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),  # else every pass would draw from, and change, torch's global stream
     )
+    return _without_errors(loader)
+
+
+def _without_errors(loader: DataLoader[EpisodeBatch | DataError]) -> Iterator[EpisodeBatch]:
+    found: EpisodeBatch | DataError
+    for found in loader:
+        if isinstance(found, DataError):
+            raise found
+        yield found

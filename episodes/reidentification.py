@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from episodes.files import user_path
 from episodes.labelled import IMAGE_SUFFIXES, LabelledImages, find_root, photo_names
 from episodes.sources import SourceError
 from episodes.types import DataError
@@ -106,7 +107,7 @@ def open_reidentification(layout: ReidentificationLayout, root: Path | str) -> R
     if layout not in _NAMINGS:
         raise DataError(f"re-identification layouts are {', '.join(_NAMINGS)}; got {layout!r}")
     naming = _NAMINGS[layout]
-    inner = _cuhk_boxes(Path(root).expanduser()) if layout == "cuhk03-np" else naming.inner
+    inner = _cuhk_boxes(user_path(root)) if layout == "cuhk03-np" else naming.inner
     root = find_root(root, inner, tuple(_FOLDERS.values()), layout)
     name = f"{layout} {root.name}" if layout == "cuhk03-np" else layout
     parts = {split: _open_folder(root, split, naming, f"{name} {split}") for split in _FOLDERS}

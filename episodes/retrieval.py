@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from episodes.files import is_file, read_text
 from episodes.labelled import IMAGE_SUFFIXES, LabelledImages, find_root, photo_names
+from episodes.matlab_files import read_matlab
 from episodes.sources import SourceError
+from episodes.sources.decoding import reason_of
 from episodes.types import DataError
 
 RetrievalLayout = Literal["folders", "cub", "cars", "sop"]
 
+_MOST_MATLAB_BYTES = 500_000_000  # Cars-196 has 16,185 rows: a few MB
 _SOP_HEADER = ("image_id", "class_id", "super_class_id", "path")
 
 
@@ -106,30 +110,28 @@ def _open_cars(root: Path | str) -> RetrievalData:
     annotations = root / "cars_annos.mat"
     content = _matlab(annotations)
     try:
-        names = {n: f"{n:03d}.{name}" for n, name in enumerate(np.atleast_1d(content["class_names"]), start=1)}
-        entries = np.atleast_1d(content["annotations"])
+        names = {n: f"{n:03d}.{name}" for n, name in enumerate(content["class_names"], start=1)}
+        entries = content["annotations"]
         listed = [
-            (str(path), int(number)) for path, number in zip(entries["relative_im_path"], entries["class"], strict=True)
+            (str(path), int(np.asarray(number).item()))
+            for path, number in zip(entries["relative_im_path"], entries["class"], strict=True)
         ]
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
         raise SourceError(
             annotations,
             "undecodable",
-            f"expected class_names and annotations with relative_im_path and class ({error})",
+            f"expected class_names and annotations with relative_im_path and class ({reason_of(error)})",
             "use cars_annos.mat as published with car_ims.tgz; the devkit's cars_train_annos.mat is another format",
         ) from None
     return _first_half("cars", root, listed, names, annotations)
 
 
 def _matlab(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat  # slow to import, and for this layout alone
-
     try:
-        content: dict[str, Any] = loadmat(path, squeeze_me=True)
-    except Exception as error:  # the reader raises whatever its parts raise on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(path, "undecodable", f"not a readable MATLAB file ({reason})", "fetch it again") from None
-    return content
+        return read_matlab(path, most_bytes=_MOST_MATLAB_BYTES)
+    except (OSError, ValueError) as error:
+        why = reason_of(error)
+        raise SourceError(path, "undecodable", f"not a readable MATLAB file ({why})", "fetch it again") from None
 
 
 def _open_sop(root: Path | str) -> RetrievalData:
@@ -176,7 +178,7 @@ def _listed(name: str, root: Path, photos: Sequence[tuple[str, str]], source: Pa
     files, labels = zip(*photos, strict=True)
     images = LabelledImages(name=name, root=root, files=files, labels=labels)
     # A look at each file now, so that a half unpacked data set does not end a training run in the middle.
-    missing = [file for file in files if not (root / file).is_file()]
+    missing = [file for file in files if not is_file(root / file)]
     if missing:
         raise SourceError(
             root / missing[0],
@@ -199,7 +201,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(path, "undecodable", f"not a readable text file ({error})", "replace it") from None
     for number, line in enumerate(lines, start=1):

@@ -285,8 +285,8 @@ def spec_from_json(text: str) -> EpisodeSpec:
         )
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"not an episode: expected JSON with class_id, support_ids, query_id and seed, "
-            f"got {text[:80]!r} ({error!r})"
+            f"got {text[:80]!r} ({error!r:.200})"
         ) from None

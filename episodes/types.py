@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+if TYPE_CHECKING:  # the command line explains itself without loading torch
+    from torch import Tensor
 
 IGNORE = 255
 """Mask value of pixels that belong to neither foreground nor background and are never scored."""
@@ -29,7 +31,25 @@ SUPPORT_KINDS: tuple[SupportKind, ...] = get_args(SupportKind)
 
 
 class DataError(ValueError):
-    """A problem of the user's data or request: one line that says what was expected, what came, how to mend it."""
+    """A problem of the user's data or request: one line that says what was expected, what came, how to mend it.
+
+    Names of files and what stands in them may hold anything: line ends, and characters that a terminal obeys, are
+    shown as ``\\n`` and the like.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that is none to look at written out, so that it is one line of any terminal.
+
+    >>> print(printable("a\nb \x1b[2J \udcff é"))
+    a\nb \x1b[2J \udcff é
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +189,7 @@ class MaskSource(Protocol):
         ...
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest that changes when an image or mask of these ids changes (path, size, mtime); fast."""
+        """Hex digest that changes when the content of an image or mask of these ids changes, and nowhere else."""
         ...
 
 

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from tqdm import tqdm
-
+from episodes.progress import tqdm
 from episodes.sources import ProblemKind, SourceError
 from episodes.types import DataError, MaskSource, SplitByClasses, UInt8Array
 

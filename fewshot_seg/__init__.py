@@ -9,17 +9,25 @@ Example:
     >>> support = segmenter.encode_support(images, masks)  # one episode of two shots
     >>> segmenter.segment(support, torch.rand(5, 3, 64, 64)).masks.shape
     torch.Size([5, 64, 64])
+
+Every name is loaded when it is first asked for: torch and the libraries of the backbones take seconds to import.
 """
 
-from fewshot_seg.attention import gradient_attention, similarity_attention
-from fewshot_seg.backbones import Backbone, build_backbone
-from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
-from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.embedding_attention import GradientAttention
-from fewshot_seg.prediction import PhotoPrediction, Predictor
-from fewshot_seg.predictors import open_predictor
-from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
-from fewshot_seg.similarity import SimilarityNetwork
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewshot_seg.attention import gradient_attention, similarity_attention
+    from fewshot_seg.backbones import Backbone, build_backbone
+    from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
+    from fewshot_seg.embedding import ImageEmbedder
+    from fewshot_seg.embedding_attention import GradientAttention
+    from fewshot_seg.prediction import PhotoPrediction, Predictor
+    from fewshot_seg.predictors import open_predictor
+    from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
+    from fewshot_seg.similarity import SimilarityNetwork
 
 __all__ = [
     "Backbone",
@@ -42,3 +50,38 @@ __all__ = [
     "similarity_attention",
     "training_free",
 ]
+
+_MODULES = {
+    "Backbone": "fewshot_seg.backbones",
+    "FewShotSegmenter": "fewshot_seg.segmenter",
+    "GradientAttention": "fewshot_seg.embedding_attention",
+    "ImageEmbedder": "fewshot_seg.embedding",
+    "PhotoPrediction": "fewshot_seg.prediction",
+    "Prediction": "fewshot_seg.segmenter",
+    "Predictor": "fewshot_seg.prediction",
+    "SimilarityNetwork": "fewshot_seg.similarity",
+    "SupportEncoding": "fewshot_seg.segmenter",
+    "build_backbone": "fewshot_seg.backbones",
+    "build_segmenter": "fewshot_seg.segmenter",
+    "gradient_attention": "fewshot_seg.attention",
+    "load_segmenter": "fewshot_seg.checkpoint",
+    "load_similarity": "fewshot_seg.checkpoint",
+    "open_predictor": "fewshot_seg.predictors",
+    "save_segmenter": "fewshot_seg.checkpoint",
+    "save_similarity": "fewshot_seg.checkpoint",
+    "similarity_attention": "fewshot_seg.attention",
+    "training_free": "fewshot_seg.segmenter",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from its module (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,27 +8,35 @@ fails when the weights at hand are others.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from episodes.files import is_file
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.base_learner import BaseLearner
 from fewshot_seg.completion import SupportCompletion
 from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
-from fewshot_seg.runtime import atomic_path
+from fewshot_seg.runtime import write_safetensors
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork
 
 _KEY = "fewshot_seg"
 _FORMAT = 1
+_MOST = 1_000_000
+_LARGEST = 1e6
+_USUAL_SIZE = 4096  # of a layer; larger ones only if a tensor has that side
+_MOST_RESOLUTION = 4096
 _DECODERS: dict[str, type[Decoder]] = {"context": ContextDecoder, "mask": MaskDecoder, "readout": PriorReadout}
 
 
@@ -50,20 +58,21 @@ class LoadedSegmenter:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Tensors and a JSON description in one file, written beside and renamed."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={_KEY: json.dumps(description)})
+    write_safetensors(path, plain, {_KEY: json.dumps(description)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reverse of `write_tensors`. Raises DataError naming the file when missing, damaged or not ours."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no model file at {path}; train one with `fewshot-seg train` or `similarity train`")
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is damaged or was not written by fewshot-seg ({error!r}); train it again") from error
+    except Exception as error:  # of safetensors, of the file system, of JSON, of types that torch lacks
+        raise DataError(
+            f"{path} is damaged or was not written by fewshot-seg ({error!r:.300}); train it again"
+        ) from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise DataError(f"{path} has another file format than {_FORMAT}; use the version of fewshot-seg that wrote it")
     return tensors, description
@@ -90,18 +99,19 @@ def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tens
         load_part(getattr(segmenter, part), tensors, prefix=f"{part}.", where=where)
 
 
-def load_part(part: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str, where: Path) -> None:
+def load_part(part: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str, where: Path, finite: bool = True) -> None:
     """Put the tensors whose names begin with `prefix` into a module.
 
     Raises:
-        DataError: names or shapes differ; `where` is the file that is named.
+        DataError: names, shapes or types differ, or numbers are not finite (unless `finite` is False); `where` is the
+            file that is named.
     """
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    _check_fit(part.state_dict(), state, where)
+    _check_fit(part.state_dict(), state, where, finite)
     part.load_state_dict(state)
 
 
-def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
+def _check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
     wrong = sorted(
         name
         for name in own.keys() | tensors.keys()
@@ -109,6 +119,17 @@ def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: 
     )
     if wrong:
         raise DataError(f"{where} does not fit this model: {len(wrong)} tensors differ, first {', '.join(wrong[:3])}")
+
+
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, finite: bool = True) -> None:
+    _check_names(own, tensors, where)
+    for name, tensor in tensors.items():
+        if tensor.dtype != own[name].dtype:
+            raise DataError(
+                f"{where} does not fit this model: {name} is {tensor.dtype}, expected {own[name].dtype}; train it again"
+            )
+        if finite and not bool(tensor.isfinite().all()):
+            raise DataError(f"{where} holds numbers in {name} that are not finite; train it again")
 
 
 def save_segmenter(
@@ -152,20 +173,25 @@ def describe_segmenter(segmenter: FewShotSegmenter) -> dict[str, Any]:
     }
 
 
-def segmenter_of(description: Mapping[str, Any], backbone: Backbone) -> FewShotSegmenter:
-    """An untrained model of `describe_segmenter`. Raises KeyError, TypeError or ValueError where it is damaged."""
-    completion, base_learner = description.get("completion"), description.get("base_learner")
+def segmenter_of(
+    description: Mapping[str, Any], backbone: Backbone, tensors: Mapping[str, Tensor], *, where: Path
+) -> FewShotSegmenter:
+    """An untrained model of `describe_segmenter`, as large as the tensors that it will take.
+
+    Of parts that have no tensors at all, sizes are only held against the largest tensor.
+
+    Raises:
+        DataError: a part has other sizes than its tensors; `where` is named.
+        KeyError, TypeError, ValueError: a description that is damaged.
+    """
     return FewShotSegmenter(
         backbone=backbone,
-        similarity=SimilarityNetwork(backbone.channels, rank=description["similarity_rank"]),
-        decoder=_decoder_of(description["decoder"]),
         prior=description["prior"],
         attention=description["attention"],
-        threshold=description["threshold"],
-        temperature=description["temperature"],
-        completion=None if completion is None else SupportCompletion(**completion),
-        base_learner=None if base_learner is None else BaseLearner(**base_learner),
+        threshold=_number(description, "threshold"),
+        temperature=_number(description, "temperature"),
         guided=bool(description.get("guided", False)),
+        **_parts_of(description, backbone.channels, tensors, where),
     )
 
 
@@ -185,16 +211,111 @@ def load_segmenter(
     tensors, description = read_tensors(path)
     if description.get("kind") == "similarity":
         raise DataError(f"{path} holds a similarity network alone, without a decoder; give it with --similarity")
-    try:
+    with _described(path):
         backbone = _backbone_of(description, backbone_weights, path)
-        segmenter = segmenter_of(description, backbone)
-        resolution, notes = int(description["resolution"]), dict(description["notes"])
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
+        segmenter = segmenter_of(description, backbone, tensors, where=path)
+        resolution, notes = _resolution(description), _notes(description)
     load_trained_tensors(segmenter, tensors, where=path)
     return LoadedSegmenter(segmenter=segmenter.to(device or "cpu").eval(), resolution=resolution, notes=notes)
+
+
+@contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Whatever a description leads to that is none of ours becomes a DataError that names the file."""
+    try:
+        yield
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
+    except Exception as error:  # its values go into constructors, of torch and timm too
+        raise DataError(f"{path} lacks a part of its description ({error!r:.300}); train it again") from error
+
+
+def _parts_of(
+    description: Mapping[str, Any], channels: Sequence[int], tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Any]:
+    """Similarity network, decoder, completion and base learner, untrained."""
+    rank = _whole(description, "similarity_rank")
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "similarity": lambda: SimilarityNetwork(channels, rank=rank),
+        "decoder": lambda: _decoder_of(description["decoder"]),
+    }
+    if description.get("completion") is not None:
+        makers["completion"] = lambda: SupportCompletion(**description["completion"])
+    if description.get("base_learner") is not None:
+        makers["base_learner"] = lambda: BaseLearner(**description["base_learner"])
+    _check_sizes([description["decoder"], description.get("completion"), description.get("base_learner")], tensors)
+    return _sized_as_stored(makers, tensors, path)
+
+
+def _sized_as_stored(
+    makers: Mapping[str, Callable[[], nn.Module]], tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, nn.Module]:
+    """What the makers make, once it is known to be as large as the tensors: a file's word alone takes no memory."""
+    stored = {name.partition(".")[0] for name in tensors}
+    with torch.device("meta"):
+        sketches = {part: make().state_dict() for part, make in makers.items() if part in stored}
+    _check_names({f"{part}.{key}": one for part, own in sketches.items() for key, one in own.items()}, tensors, path)
+    return {part: make() for part, make in makers.items()}
+
+
+def _check_sizes(descriptions: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for layers and sizes that nothing in the file could fill: even a sketch of them takes time."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    for description in descriptions:
+        for name, value in (description or {}).items():
+            most = len(tensors) if name == "blocks" else max(largest, _USUAL_SIZE)
+            if isinstance(value, int) and not 0 <= value <= most:
+                raise ValueError(f"{name} is {shown(value, 20)}, expected 0 to {most}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
+
+
+def _whole(description: Mapping[str, Any], name: str) -> int:
+    value = description[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} must be a whole number, at most {_MOST}; it is {shown(value, 40)}")
+    return value
+
+
+def _number(description: Mapping[str, Any], name: str) -> float:
+    value = description[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} must be a finite number; it is {shown(value, 40)}")
+    return value
+
+
+def _resolution(description: Mapping[str, Any]) -> int:
+    resolution = _whole(description, "resolution")
+    if not 1 <= resolution <= _MOST_RESOLUTION:
+        raise ValueError(f"resolution must be 1 to {_MOST_RESOLUTION} pixels; it is {resolution}")
+    return resolution
+
+
+def _notes(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The notes, of which those that decide something are what their readers take them for."""
+    notes = dict(description["notes"])
+    for name, is_sound in _NOTES.items():
+        if name in notes and not is_sound(notes[name]):
+            raise ValueError(f"note {name!r} is {shown(notes[name], 40)}")
+    return notes
+
+
+def _all_are(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+_NOTES: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "source": lambda value: value is None or isinstance(value, str),
+        "fold": lambda value: value is None or (isinstance(value, int) and 0 <= value < 1000),
+        "base_classes": _all_are(int),
+        "base_class_names": _all_are(str),
+        "labels": _all_are(str),
+        "members": lambda value: isinstance(value, dict) and all(map(_all_are(int), value.values())),
+    }
+)
 
 
 def _kind_of(decoder: Decoder) -> str:
@@ -243,14 +364,13 @@ def load_similarity(
 ) -> LoadedSimilarity:
     """Read a similarity network from its own file, or out of a whole model; otherwise as `load_segmenter`."""
     tensors, description = read_tensors(path)
-    try:
+    with _described(path):
         backbone = _backbone_of(description, backbone_weights, path)
-        similarity = SimilarityNetwork(backbone.channels, rank=description["similarity_rank"])
-        resolution, notes = int(description["resolution"]), dict(description["notes"])
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} lacks a part of its description ({error!r}); train it again") from error
+        rank = _whole(description, "similarity_rank")
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("similarity.")}
+        _sized_as_stored({"similarity": lambda: SimilarityNetwork(backbone.channels, rank=rank)}, own, path)
+        similarity = SimilarityNetwork(backbone.channels, rank=rank)
+        resolution, notes = _resolution(description), _notes(description)
     load_part(similarity, tensors, prefix="similarity.", where=path)
     where = device or torch.device("cpu")
     return LoadedSimilarity(
@@ -270,10 +390,12 @@ def _describe_backbone(backbone: Backbone, weights: str) -> dict[str, Any]:
 
 def _backbone_of(description: Mapping[str, Any], weights: str | None, path: Path) -> Backbone:
     """The backbone that a file was trained on. Raises DataError when the weights at hand are others."""
-    strides = tuple(description["strides"])  # None would be the backbone's own choice
-    backbone = build_backbone(
-        description["backbone"], strides=strides, weights=weights or description["backbone_weights"]
-    )
+    name, strides = description["backbone"], tuple(description["strides"])  # None would be the backbone's own choice
+    weights = weights or description["backbone_weights"]
+    flat = [side for one in strides for side in (one if isinstance(one, list) else [one])]
+    if not isinstance(name, str) or not isinstance(weights, str) or not all(type(side) is int for side in flat):
+        raise TypeError(f"backbone {shown(name, 40)}, weights {shown(weights, 40)}, strides {shown(strides, 40)}")
+    backbone = build_backbone(name, strides=strides, weights=weights)
     if backbone.fingerprint != description["backbone_fingerprint"]:
         raise DataError(
             f"{path} was trained on other weights of {backbone.name}; name the right file with --backbone-weights"

@@ -1,21 +1,26 @@
 """``fewshot-seg``: flags from the configuration classes, one-line errors, exit codes.
 
 0: done; 1: done, but some files had problems; 2: nothing done, the line on stderr says why; 3: another process of a
-run under torchrun was lost; 130: interrupted; 143: stopped by SIGTERM under torchrun.
+run under torchrun was lost; 130: interrupted; 141: nobody reads
+stdout any more; 143: stopped by SIGTERM under torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
+import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from episodes.files import user_path
 from episodes.types import DataError
-from fewshot_seg import app_commands, commands, data_commands, explain_commands, similarity_commands, weights_commands
+from episodes.writing import reason_of
 from fewshot_seg.config import (
     AppConfig,
     Config,
@@ -39,29 +44,28 @@ from fewshot_seg.config import (
     resolve,
     settings_of,
 )
-from fewshot_seg.distributed import (
-    LostRankError,
-    Ranks,
-    SaidByFirstError,
-    TerminatedError,
-    launched_ranks,
-    process_group,
-)
+from fewshot_seg.folder_lock import folder_of_one_run
+from fewshot_seg.ranks import LostRankError, Ranks, SaidByFirstError, TerminatedError, launched_ranks
 
 PROGRAM = "fewshot-seg"
-_OVER_RANKS: tuple[Callable[[Any], int], ...] = (commands.train, commands.evaluate_method)
+_OVER_RANKS = ("commands.train", "commands.evaluate_method")
 """What several processes can do together."""
 
-_Verb = tuple[type[Config], Callable[[Any], int], str]
+_Verb = tuple[type[Config], str, str]
+"""Configuration, module and function that do it (imported when it runs: torch takes seconds), explanation."""
 _VERBS: dict[str, _Verb] = {
-    "demo": (DemoConfig, commands.demo, "train and score on generated pictures: no data, no download"),
-    "train": (TrainConfig, commands.train, "train one fold"),
-    "evaluate": (EvaluateConfig, commands.evaluate_method, "score a model, or a bare prior map, on novel classes"),
-    "explain": (ExplainConfig, explain_commands.explain, "show why, in episodes or your own photos; score explainers"),
-    "report": (ReportConfig, commands.report, "write report.html of one run, or of several side by side"),
-    "predict": (PredictConfig, commands.predict, "segment your own photos from your own examples"),
-    "app": (AppConfig, app_commands.app, "a page in the browser: mark an object in examples, see it found in photos"),
-    "export": (ExportConfig, commands.export, "write the model as ONNX files, which run without torch"),
+    "demo": (DemoConfig, "commands.demo", "train and score on generated pictures: no data, no download"),
+    "train": (TrainConfig, "commands.train", "train one fold"),
+    "evaluate": (EvaluateConfig, "commands.evaluate_method", "score a model, or a bare prior map, on novel classes"),
+    "explain": (
+        ExplainConfig,
+        "explain_commands.explain",
+        "show why, in episodes or your own photos; score explainers",
+    ),
+    "report": (ReportConfig, "commands.report", "write report.html of one run, or of several side by side"),
+    "predict": (PredictConfig, "commands.predict", "segment your own photos from your own examples"),
+    "app": (AppConfig, "app_commands.app", "a page in the browser: mark an object in examples, see it found in photos"),
+    "export": (ExportConfig, "commands.export", "write the model as ONNX files, which run without torch"),
 }
 _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "data": (
@@ -69,16 +73,20 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
         {
             "prepare": (
                 PrepareConfig,
-                data_commands.data_prepare,
+                "data_commands.data_prepare",
                 "fetch, check and unpack VOC (with SBD), COCO, FSS-1000",
             ),
-            "verify": (VerifyConfig, data_commands.data_verify, "list every problem of a data set by file"),
+            "verify": (VerifyConfig, "data_commands.data_verify", "list every problem of a data set by file"),
             "episodes": (
                 EpisodesConfig,
-                data_commands.data_episodes,
+                "data_commands.data_episodes",
                 "write the exact episodes of a protocol and fold, which `evaluate --episodes` replays",
             ),
-            "show": (ShowConfig, data_commands.data_show, "draw what the network sees: augmented supports and queries"),
+            "show": (
+                ShowConfig,
+                "data_commands.data_show",
+                "draw what the network sees: augmented supports and queries",
+            ),
         },
     ),
     "similarity": (
@@ -86,17 +94,17 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
         {
             "train": (
                 SimilarityTrainConfig,
-                similarity_commands.similarity_train,
+                "similarity_commands.similarity_train",
                 "train on photos with labels, or on episodes of base classes",
             ),
             "evaluate": (
                 SimilarityEvaluateConfig,
-                similarity_commands.similarity_evaluate,
+                "similarity_commands.similarity_evaluate",
                 "recall@k and MAP@R, CMC and mAP, or AUC and IoU of every attention map on episodes",
             ),
             "explain": (
                 SimilarityExplainConfig,
-                similarity_commands.similarity_explain,
+                "similarity_commands.similarity_explain",
                 "draw what makes photos alike, and what a dissimilar one shares",
             ),
         },
@@ -104,10 +112,10 @@ _GROUPS: dict[str, tuple[str, dict[str, _Verb]]] = {
     "weights": (
         "trained models that come with the package",
         {
-            "list": (WeightsListConfig, weights_commands.weights_list, "names, sizes, data and scores"),
+            "list": (WeightsListConfig, "weights_commands.weights_list", "names, sizes, data and scores"),
             "verify": (
                 WeightsVerifyConfig,
-                weights_commands.weights_verify,
+                "weights_commands.weights_verify",
                 "check digests, and that each of them loads",
             ),
         },
@@ -179,23 +187,37 @@ def _help(setting: Setting) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return user_path(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     ranks, working = Ranks(), False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         ranks = launched_ranks()
         given = vars(build_parser().parse_args(arguments))
         config_class, command, file = (given.pop(name) for name in ("config_class", "command", "config"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         config = resolve(config_class, flags, file)
-        with _joined(command, config, ranks):
+        with _joined(command, config, ranks), _alone_in(config.filled):
             working = True
-            code: int = command(config)
+            code = _load(command)(config)
+            sys.stdout.flush()  # a disk that is full is said here, not at the interpreter's end
     except DataError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks, alike=not working or isinstance(error, SaidByFirstError))
+        return 2
+    except BrokenPipeError:  # whoever read stdout has gone: `fewshot-seg ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        _say(f"error: {_of_the_system(error)}", ranks)
+        return 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _say(f"error: a process that loads photos was lost ({error}); free memory, or lower --workers", ranks)
         return 2
     except LostRankError as error:
         _say(f"error: {' '.join(str(error).split())}", ranks)
@@ -209,17 +231,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _joined(command: Callable[[Any], int], config: Any, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
+def _load(command: str) -> Callable[[Any], int]:
+    module, function = command.split(".")
+    loaded: Callable[[Any], int] = getattr(importlib.import_module(f"fewshot_seg.{module}"), function)
+    return loaded
+
+
+def _joined(command: str, config: Any, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
     """The process group of a verb that several processes can do together.
 
     Raises:
         DataError: several processes, and another verb.
     """
     if command in _OVER_RANKS:
+        from fewshot_seg.distributed import process_group  # loads torch
+
         return process_group(config.device)
     if ranks.size > 1:
         raise DataError("torchrun is for the verbs train and evaluate; start this one without it")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """No other run in this folder; of several ranks, the first sees to it for all."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            from fewshot_seg.distributed import on_first  # loads torch
+
+            on_first(lambda: stack.enter_context(folder_of_one_run(folder)))
+        yield
+
+
+def _of_the_system(error: OSError) -> str:
+    """One line of what the system refused, wherever it was."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    return " ".join(f"{where}{reason_of(error)}".split())
 
 
 def _say(message: str, ranks: Ranks, *, alike: bool = False) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from episodes.episode_files import check_episodes, fingerprint_episodes, read_episodes
+from episodes.files import user_path
 from episodes.fold_lists import evaluation_specs, left_out_classes
 from episodes.types import DataError
 from fewshot_seg.config import (
@@ -192,7 +192,7 @@ def predict(config: PredictConfig) -> int:
         predictor.remember_supports(shown, name=name)
     noted = list(config.support or ())
     for name, file in files:
-        noted.extend(predictor.load_support(Path(file).expanduser(), name=name))
+        noted.extend(predictor.load_support(user_path(file), name=name))
     if config.save_support is not None:
         predictor.save_support(config.save_support, noted)
         print(f"support set of {len(noted)} photo(s): {config.save_support}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.types import DataError, EpisodeBatch, SupportKind, UInt8Array
 from fewshot_seg.pictures import (
     BACKGROUND,

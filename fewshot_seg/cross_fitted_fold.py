@@ -16,6 +16,7 @@ from episodes.folds import ClassSplit
 from episodes.sampler import drop_small_classes, spec_to_json
 from episodes.types import DataError, EpisodeSpec, SupportKind
 from fewshot_seg.cross_fitting import (
+    are_priors,
     keep_tensors,
     priors_of_episodes,
     train_base_learner,
@@ -178,7 +179,9 @@ def train_cross_fitted(
         kept = None if folder is None else folder / file
         if kept is not None and not resume:
             kept.unlink(missing_ok=True)
-        return keep_tensors(kept, compute, settings | described | {"asked": classes, "episodes": counts})
+        return keep_tensors(
+            kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
+        )
 
     found = list[dict[str, Tensor]]()
     for number, group in enumerate(groups):

@@ -153,6 +153,20 @@ def priors_of_episodes(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+def are_priors(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors of a file have the names, shapes and types of `priors_of_episodes`, and finite numbers."""
+    if tensors.keys() != {"priors", "foreground", "background", "class_ids"} or tensors["priors"].dim() != 4:
+        return False
+    count, _, height, width = tensors["priors"].shape
+    shapes = {"foreground": (count, height, width), "background": (count, height, width), "class_ids": (count,)}
+    types = {name: torch.int64 if name == "class_ids" else torch.float16 for name in tensors}
+    return (
+        count > 0
+        and all(tensors[name].shape == shape for name, shape in shapes.items())
+        and all(one.dtype == types[name] and bool(one.isfinite().all()) for name, one in tensors.items())
+    )
+
+
 def decoder_loss(logits: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
     """Cross-entropy and Dice of every episode, and Dice of all together, over cells.
 
@@ -246,7 +260,11 @@ def _plan(steps: int, learning_rate: float, weight_decay: float, seed: int, deta
 
 
 def keep_tensors(
-    path: Path | None, compute: Callable[[], dict[str, Tensor]], settings: Mapping[str, Any]
+    path: Path | None,
+    compute: Callable[[], dict[str, Tensor]],
+    settings: Mapping[str, Any],
+    *,
+    is_sound: Callable[[Mapping[str, Tensor]], bool] = bool,
 ) -> dict[str, Tensor]:
     """Tensors from a file, or computed and written there. A file that is there is whole: it is renamed when it is.
 
@@ -254,6 +272,7 @@ def keep_tensors(
         path: of the file; None keeps nothing.
         compute: makes the tensors.
         settings: whatever decides them, JSON-able; written into the file.
+        is_sound: whether tensors may be what `compute` makes; asked of those of a file.
 
     Raises:
         DataError: the file is of other settings, or does not say of which.
@@ -265,6 +284,8 @@ def keep_tensors(
         try:
             found, description = read_tensors(path)
             kept = description["settings"]
+            if not isinstance(kept, dict) or not is_sound(found):
+                raise DataError("not what was written")
         except (DataError, KeyError) as error:
             raise DataError(f"{path} is damaged, or of an earlier version; delete it to compute it anew") from error
         if kept != now:

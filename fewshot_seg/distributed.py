@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from episodes.types import DataError
+from fewshot_seg.ranks import LostRankError, Ranks, SaidByFirstError, TerminatedError, launched_ranks
 from fewshot_seg.runtime import pick_device
 
 TIMEOUT = timedelta(minutes=30)
@@ -32,49 +33,9 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among those of the run: `rank` in 0..`size`-1."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files and prints."""
-        return self.rank == 0
-
-
-class LostRankError(Exception):
-    """Another process of the run is gone, or did not answer in time."""
-
-
-class TerminatedError(BaseException):
-    """SIGTERM: torchrun stops all processes when one fails, and so does a scheduler whose time is up."""
-
-
-class SaidByFirstError(DataError):
-    """An error that all ranks come upon alike, on the ranks that leave it to the first to report."""
-
-
 def said_once(message: str) -> DataError:
     """The error to raise where every rank is about to raise the same."""
     return DataError(message) if current_ranks().first else SaidByFirstError(message)
-
-
-def launched_ranks() -> Ranks:
-    """What torchrun says in RANK and WORLD_SIZE; one of one without torchrun.
-
-    Raises:
-        DataError: variables that are no such numbers.
-    """
-    try:
-        ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError as error:
-        raise DataError(f"RANK and WORLD_SIZE must be whole numbers, as torchrun sets them ({error})") from error
-    if not 0 <= ranks.rank < ranks.size:
-        raise DataError(f"RANK {ranks.rank} is not in 0..{ranks.size - 1} (WORLD_SIZE {ranks.size}): start by torchrun")
-    return ranks
 
 
 def current_ranks() -> Ranks:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from fewshot_seg.attention import NEGATIVES_NEEDED, AttentionKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.embedding_attention import GradientAttention, SimilarityExplanation

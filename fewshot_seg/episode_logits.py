@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.augment import fitted_size
+from episodes.progress import tqdm
 from episodes.protocols import Fit, ShotRule
 from fewshot_seg.decoder import Decoder
 from fewshot_seg.encoded_photos import EncodedPhotos

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.protocols import Fit, ShotRule
 from episodes.types import DataError, EpisodeSpec, MaskSource
 from fewshot_seg.decoder import Decoder

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform
+from episodes.files import read_text
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.explainers import EXPLAINERS, Comparison, Explanation, run_explainer
@@ -225,8 +226,8 @@ def score_explainers(
 def _read_done(path: Path, shared: Mapping[str, Any]) -> dict[int, Record]:
     """Finished episodes by number; a new file begins with what its run is, and a line that was cut off is dropped."""
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path) if path.exists() else ""
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read finished episodes {path}: {error}; delete it, or choose another --out") from error
     written = text.splitlines(keepends=True)
     whole = [line for line in written if line.endswith("\n")]  # the last one may have been cut off
@@ -234,7 +235,9 @@ def _read_done(path: Path, shared: Mapping[str, Any]) -> dict[int, Record]:
     for number, line in enumerate(whole, 1):
         try:
             lines.append(json.loads(line))
-        except ValueError as error:
+            if not isinstance(lines[-1], dict) or (number > 1 and type(lines[-1].get("number")) is not int):
+                raise ValueError("no record of an episode")
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"line {number} of {path} is damaged ({error}); delete this line, or choose another --out"
             ) from error

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.types import EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.attention import scale_map

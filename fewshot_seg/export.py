@@ -143,7 +143,8 @@ def check_packages() -> None:
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out {folder} is a file; choose a folder")
-    foreign = {file.name for file in folder.iterdir()} if folder.exists() else set[str]()
+    names = {file.name for file in folder.iterdir()} if folder.exists() else set[str]()
+    foreign = {name for name in names if not name.startswith(".")}  # hidden: the lock, and what a killed run left
     foreign -= {SUPPORT_NAME, QUERY_NAME, METADATA_NAME}
     if foreign:
         raise DataError(f"--out {folder} holds something else ({min(foreign)}); choose a new or empty folder")

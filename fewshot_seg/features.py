@@ -20,18 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.annotations import annotation_of
 from episodes.augment import EpisodeTransform
+from episodes.files import read_bytes, require_file
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.sources import JointSource
 from episodes.types import DataError, MaskSource, PhotoFiles, PhotoSource, SupportKind
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.runtime import atomic_path
+from fewshot_seg.runtime import write_safetensors
 
 DEFAULT_BYTE_BUDGET = 4 * 2**30
 
@@ -147,7 +148,7 @@ class FeatureStore:
             levels = self._read(path)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, ValueError) as error:
+        except Exception as error:  # of safetensors, of the file system, of types that torch lacks
             warnings.warn(f"damaged feature file {path} ({error}); computing it anew", stacklevel=3)
             return None
         self._touch(path)
@@ -155,6 +156,7 @@ class FeatureStore:
 
     def _read(self, path: Path) -> tuple[Tensor, ...]:
         """Memory-mapped levels. Raises ValueError when they are not what was written."""
+        require_file(path)
         with safe_open(path, "pt") as file:
             if set(file.keys()) != {f"level{i}" for i in range(len(self._shapes))}:
                 raise ValueError("it holds other tensors")
@@ -167,6 +169,8 @@ class FeatureStore:
         if path.name not in self._checked:  # once per run: reading every byte costs as much as using them
             if written != _checksum(levels):
                 raise ValueError("its checksum is wrong")
+            if not all(bool(level.isfinite().all()) for level in levels):
+                raise ValueError("it holds numbers that are not finite")
             self._checked.add(path.name)
         return levels
 
@@ -174,12 +178,20 @@ class FeatureStore:
     def _compute(self, image_ids: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         images = []
         for image_id in image_ids:
+            name = self._name(image_id)
             images.append(self._transform.photo(self._source.image(image_id)))
+            if content_name(self._source, image_id) != name:  # else its features would go by another photo's name
+                raise DataError(f"photo {image_id} was changed while it was read; leave it as it is and run again")
         device = next(self._backbone.parameters()).device
         levels = [level.half().cpu() for level in self._backbone(torch.stack(images).to(device))]
         # clone: a view would keep the whole batch in memory
         computed = {i: tuple(level[n].clone() for level in levels) for n, i in enumerate(image_ids)}
         for image_id, maps in computed.items():
+            if not all(bool(level.isfinite().all()) for level in maps):
+                raise DataError(
+                    f"backbone {self._backbone.name} gives features of {image_id!r} that are not finite in half "
+                    "precision; choose another backbone, or other weights"
+                )
             self._keep(image_id, maps)
         return computed
 
@@ -190,9 +202,8 @@ class FeatureStore:
             while len(self._memory) * self._bytes_per_image > self._byte_budget:
                 self._memory.popitem(last=False)
             return
-        with atomic_path(path) as temporary:
-            tensors = {f"level{i}": level.contiguous() for i, level in enumerate(maps)}
-            save_file(tensors, temporary, metadata={_CHECKSUM: _checksum(maps)})
+        tensors = {f"level{i}": level.contiguous() for i, level in enumerate(maps)}
+        write_safetensors(path, tensors, {_CHECKSUM: _checksum(maps)})
         self._touch(path)
         self._bytes_written += self._bytes_per_image
         if self._bytes_written > _RECOUNT_SHARE * self._byte_budget:
@@ -231,7 +242,7 @@ def content_name(source: PhotoSource, image_id: str) -> str:
     content = None
     if isinstance(source, PhotoFiles):
         with contextlib.suppress(OSError):
-            content = source.image_file(image_id).read_bytes()
+            content = read_bytes(source.image_file(image_id))
     if content is None:
         content = f"{image_id}\0{source.fingerprint([image_id])}".encode()
     digest.update(content)
@@ -248,11 +259,12 @@ def _checksum(levels: Sequence[Tensor]) -> str:
 def _feature_files(directory: Path) -> OrderedDict[Path, int]:
     """Feature files and their bytes, least recently used first; nothing else that lies in the directory."""
     found = []
-    for file in directory.glob("*/*.safetensors"):
-        if _FEATURE_FILE.fullmatch(file.relative_to(directory).as_posix()):
-            with contextlib.suppress(OSError):  # another run has just evicted it
-                status = file.stat()
-                found.append((status.st_mtime_ns, file, status.st_size))
+    with contextlib.suppress(FileNotFoundError):  # somebody is deleting the cache
+        for file in directory.glob("*/*.safetensors"):
+            if _FEATURE_FILE.fullmatch(file.relative_to(directory).as_posix()):
+                with contextlib.suppress(OSError):  # another run has just evicted it
+                    status = file.stat()
+                    found.append((status.st_mtime_ns, file, status.st_size))
     return OrderedDict((file, size) for _, file, size in sorted(found))
 
 

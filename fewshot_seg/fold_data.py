@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform, Preset
 from episodes.fold_lists import FoldLists, draw, evaluation_specs, open_lists
 from episodes.folds import ClassSplit
 from episodes.leak_guard import LeakGuard
 from episodes.loader import EpisodeDataset
+from episodes.progress import tqdm
 from episodes.protocols import EpisodeProtocol
 from episodes.types import DataError, EpisodeSpec, MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone

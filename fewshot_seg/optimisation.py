@@ -17,14 +17,14 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from episodes.files import read_text
+from episodes.progress import tqdm
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError
 from fewshot_seg.bad_steps import Account, examine, keep_bad_step
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.distributed import (
-    LostRankError,
-    TerminatedError,
     current_ranks,
     gather_dealt,
     mean_over_ranks,
@@ -32,6 +32,7 @@ from fewshot_seg.distributed import (
     raise_if_lost,
     said_once,
 )
+from fewshot_seg.ranks import LostRankError, TerminatedError
 from fewshot_seg.runtime import atomic_path
 from fewshot_seg.trainee import Trainee
 
@@ -40,6 +41,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 _GRADIENT_NORM = 1.0
+_AGAIN = "leave out --resume to start again, in another --out"
 
 Batch = TypeVar("Batch")
 
@@ -79,11 +81,19 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """Loss of every step taken in this call, its seconds, and the number of steps that the weights have seen."""
+    """Outcome of `optimise`.
+
+    Attributes:
+        losses: of every step taken in this call.
+        seconds: of this call.
+        steps: that the weights have seen.
+        last_loss: of the last of them, whichever call took it; None in what an earlier version left off.
+    """
 
     losses: tuple[float, ...]
     seconds: float
     steps: int
+    last_loss: float | None = None
 
 
 def learning_rate_at(step: int, steps: int, peak: float, schedule: Schedule) -> float:
@@ -167,7 +177,9 @@ def optimise(
     finally:
         run.close()
         trainee.set_training(False)
-    return TrainingResult(losses=tuple(taken), seconds=time.perf_counter() - began, steps=run.step)
+    return TrainingResult(
+        losses=tuple(taken), seconds=time.perf_counter() - began, steps=run.step, last_loss=run.last_loss
+    )
 
 
 class _Run:
@@ -182,6 +194,7 @@ class _Run:
             raise DataError("nothing to train: no part of this model has parameters")
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=plan.weight_decay)
         self.step, self.updating = 0, False
+        self.last_loss: float | None = None
         if folder is not None and resume:
             self._load(folder / CHECKPOINT_NAME)
         self.writer = None
@@ -222,8 +235,9 @@ class _Run:
         self.step += 1
         if self.step % self.log_every == 0:
             self._log(**{name: value.item() for name, value in named.items()}, rate=rate)
+        self.last_loss = float(named["loss"].detach())
         self.updating = False
-        return float(named["loss"].detach())
+        return self.last_loss
 
     def _bad_step(
         self,
@@ -254,7 +268,7 @@ class _Run:
             for number, parameter in enumerate(self.parameters)
             for name, value in self.optimiser.state.get(parameter, {}).items()
         }
-        description = {"format": 1, "step": self.step, "plan": self.plan.as_json()}
+        description = {"format": 1, "step": self.step, "plan": self.plan.as_json(), "loss": self.last_loss}
         write_tensors(self.folder / CHECKPOINT_NAME, self.trainee.tensors() | state, description)
 
     def save_last(self) -> str:
@@ -286,15 +300,22 @@ class _Run:
             prefix = f"optimiser.{number}."
             state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             if state:
+                _check_state(state, parameter, path)
                 # the step counter stays on the CPU, as AdamW keeps it
                 self.optimiser.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
                 }
-        self.step = int(description["step"])
+        step = description.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self.plan.steps:
+            raise said_once(f"{path} is damaged: its step is {shown(step, 40)}, not 0 to {self.plan.steps}; {_AGAIN}")
+        self.step, self.last_loss = step, description.get("loss")
 
     def _cut_log(self, path: Path) -> None:
         """Drop lines beyond the checkpoint: a killed run may have logged steps that it then lost."""
-        lines = path.read_text().splitlines() if path.exists() and self.step else []
+        try:
+            lines = read_text(path).splitlines() if path.exists() and self.step else []
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot go on with the log {path} ({error}); delete it") from error
         kept = [line for line in lines if _step_of(line) <= self.step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -308,8 +329,21 @@ class _Run:
             self.writer.add_scalar(name, value, self.step)
 
 
+def _check_state(state: Mapping[str, Tensor], parameter: Tensor, path: Path) -> None:
+    """Raises DataError where AdamW did not write this of the parameter."""
+    shapes = {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if any(
+        name not in state
+        or state[name].shape != shape
+        or state[name].dtype != torch.float32
+        or not bool(state[name].isfinite().all())
+        for name, shape in shapes.items()
+    ) or len(state) > len(shapes):
+        raise said_once(f"{path} is damaged: the optimiser's state does not fit the model; {_AGAIN}")
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # a torn line

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from episodes.augment import EpisodeTransform
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.types import DataError, UInt8Array
 from fewshot_seg.explainers import Comparison

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from episodes.sources.decoding import rgb, upright_size
+from episodes.files import is_file, user_path
+from episodes.sources.decoding import open_picture, reason_of, rgb, upright_size
 from episodes.sources.object_masks import object_mask
 from episodes.types import DataError, UInt8Array
 
@@ -63,11 +63,11 @@ def _decoded(
 
     With `least`, a JPEG that `_working_shape` makes much smaller anyway comes at half, a quarter or an eighth.
     """
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that are too long to be any
+    if not is_file(path):
         raise DataError(f"{path}: no such file; expected a {what}")
     try:
         with _large_pictures, _pillows_limit_lifted():
-            picture = Image.open(path)
+            picture = open_picture(path)
         with picture:
             shape = upright_size(picture)
             pixels = shape[0] * shape[1]
@@ -87,8 +87,9 @@ def _decoded(
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders each raise their own on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: {what} cannot be decoded ({reason}); save it again as JPEG or PNG") from error
+        raise DataError(
+            f"{path}: {what} cannot be decoded ({reason_of(error)}); save it again as JPEG or PNG"
+        ) from error
 
 
 @contextmanager
@@ -159,19 +160,31 @@ def find_queries(queries: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for query in queries:
-        path = Path(query).expanduser()
+        path = user_path(query)
         if os.path.isdir(path):  # noqa: PTH112 - as in _decoded
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in PHOTO_SUFFIXES and f.is_file())
+            files = sorted(f for f in path.iterdir() if f.suffix.lower() in PHOTO_SUFFIXES and is_file(f))
             if not files:
                 raise DataError(f"--query {query}: folder holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
         elif os.path.exists(path):  # noqa: PTH110 - as in _decoded
             files = [path]
         else:
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - Path.glob refuses absolute patterns
+            files = sorted(_matches(path))
             if not files:
                 raise DataError(f"--query {query}: no such file, folder or match; check the path")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Files of a glob; hidden ones where the pattern says so. ``**`` follows no links: they may lead in circles."""
+    parts = pattern.parts[1:] if pattern.is_absolute() else pattern.parts
+    wanted = "/".join((*parts, "*") if parts and parts[-1] == "**" else parts)
+    folder = Path(pattern.anchor)
+    with suppress(ValueError, NotImplementedError, OSError):  # no pattern at all, or a folder that cannot be read
+        for path in folder.glob(wanted):
+            shown = all(part in parts for part in path.relative_to(folder).parts if part.startswith("."))
+            if shown and is_file(path):
+                yield path
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.types import DataError, UInt8Array
 from fewshot_seg.coco_results import CocoPhoto, coco_document, coco_regions
 from fewshot_seg.competition import compete
@@ -217,16 +217,10 @@ class PhotoWriter:
             worked_on=worked_on,
             coco=self._coco(query, labels, found) if self.coco else None,
         )
-        try:
-            write_mask(written.mask, labels, len(names))
-            write_picture(written.overlay, overlay)
-            if written.confidence_map is not None:
-                write_grey(written.confidence_map, _grey(best, photo))
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(
-                f"cannot write the prediction of {query} to {self.folder}: {reason}; make room there"
-            ) from error
+        write_mask(written.mask, labels, len(names))
+        write_picture(written.overlay, overlay)
+        if written.confidence_map is not None:
+            write_grey(written.confidence_map, _grey(best, photo))
         return written
 
     @staticmethod

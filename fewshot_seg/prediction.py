@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.augment import EpisodeTransform
+from episodes.files import user_path
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, UInt8Array
 from fewshot_seg.attention import scale_map
@@ -187,7 +188,7 @@ class Predictor:
         Raises:
             DataError: nothing was remembered; missing, undecodable or too large file.
         """
-        photo = open_photo(Path(path).expanduser())
+        photo = open_photo(user_path(path))
         found = self._predict(photo)
         if not photo.reduced:
             return found

@@ -37,6 +37,7 @@ from fewshot_seg.training import TrainingLosses
 
 Losses = Callable[[int | None], Mapping[str, Tensor]]
 """Of the whole batch (None), or of one of its examples alone."""
+_PARTS = ("similarity", "decoder", "completion", "base_learner")
 
 
 def replay(path: Path) -> tuple[list[str], bool]:
@@ -101,17 +102,19 @@ def _again(kept: KeptStep, path: Path) -> tuple[nn.Module, Losses | None]:
     facts, kind = kept.noted["facts"], kept.noted["facts"].get("losses")
     if kind == "decoder":
         decoder = ContextDecoder(**facts["decoder"]).train()
-        load_part(decoder, kept.weights, prefix="decoder.", where=path)
+        load_part(decoder, kept.weights, prefix="decoder.", where=path, finite=False)
         return decoder, lambda number: stored_loss(decoder, _rows(kept.tensors, number))
     if kind == "similarity photos":
         return _similarity_photos(kept, path)
     if kind not in ("joint", "embedding", "similarity episodes"):
         return nn.Identity(), None
     strides = None if facts["strides"] is None else tuple(facts["strides"])
-    segmenter = segmenter_of(facts["model"], build_backbone(facts["backbone"], strides=strides, weights="random"))
-    for name in ("similarity", "decoder", "completion", "base_learner"):
-        if any(one.startswith(f"{name}.") for one in kept.weights):
-            load_part(getattr(segmenter, name), kept.weights, prefix=f"{name}.", where=path)
+    backbone = build_backbone(facts["backbone"], strides=strides, weights="random")
+    of_model = {name: one for name, one in kept.weights.items() if name.partition(".")[0] in _PARTS}
+    segmenter = segmenter_of(facts["model"], backbone, of_model, where=path)
+    for name in _PARTS:
+        if any(one.startswith(f"{name}.") for one in of_model):
+            load_part(getattr(segmenter, name), kept.weights, prefix=f"{name}.", where=path, finite=False)
     segmenter.train()
 
     def batch(number: int | None) -> FeatureBatch:
@@ -134,7 +137,7 @@ def _similarity_photos(kept: KeptStep, path: Path) -> tuple[nn.Module, Losses]:
     backbone = build_backbone(config.backbone, strides=config.strides, weights=config.backbone_weights)
     rank = len(kept.weights["similarity.down.weight"]) if "similarity.down.weight" in kept.weights else 0
     similarity = SimilarityNetwork(backbone.channels, rank=rank).train()
-    load_part(similarity, kept.weights, prefix="similarity.", where=path)
+    load_part(similarity, kept.weights, prefix="similarity.", where=path, finite=False)
     metric, weight = new_metric(config)
     constraint = _constraint(new_constraint(config, backbone, similarity), kept, path)
     batch = photos_of(kept.tensors, kept.noted["names"])
@@ -162,7 +165,7 @@ def _similarity_episodes(
 
 def _constraint(constraint: Constraint | None, kept: KeptStep, path: Path) -> Constraint | None:
     if constraint is not None:
-        load_part(constraint.mining, kept.weights, prefix="mining.", where=path)
+        load_part(constraint.mining, kept.weights, prefix="mining.", where=path, finite=False)
     return constraint
 
 

@@ -302,6 +302,7 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
     held_out = list(data.choices.novel) if config.select_threshold else []  # before anything is written: all may raise
     record = run_record("train", config, data)
     record["data"]["held_out_classes"] = held_out
+    on_first(lambda: check_data(config, record, (MODEL_NAME, *begun)))
     if current_ranks().first:
         write_json(config.out / RUN_NAME, record | {"results": None})
     trained = train_configured(data, config, folder=config.out, show_progress=show_progress)
@@ -342,14 +343,35 @@ def check_folder(config: TrainConfig | SimilarityTrainConfig, names: Sequence[st
             f"{config.out} holds an earlier run ({kept[0]}); go on with it by --resume, or choose another --out"
         )
     record = read_json(config.out / RUN_NAME, what="record of the run")
-    if "configuration" not in record:
+    noted = record.get("configuration") if isinstance(record, dict) else None
+    if not isinstance(noted, dict):
         raise DataError(f"cannot resume {config.out}: {RUN_NAME} does not say its settings; choose another --out")
-    stored = config.defaults() | _BEFORE | record["configuration"]  # a setting may be younger than the run
+    stored = config.defaults() | _BEFORE | noted  # a setting may be younger than the run
     now = config.as_json()
     changed = sorted(name for name in now.keys() - _MAY_DIFFER if stored.get(name) != now[name])
     if changed:
         differences = ", ".join(f"{name} was {stored.get(name)}, now {now[name]}" for name in changed)
         raise DataError(f"cannot resume {config.out}: {differences}; use the same settings or another --out")
+
+
+def check_data(config: TrainConfig | SimilarityTrainConfig, record: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises DataError when a run is to go on with other training photos than it began with.
+
+    No seed would give the weights that come of that again.
+
+    Args:
+        config: of the run.
+        record: of the run as it would go on, by `run_record`.
+        names: the files of which `config.out` holds one where there is something to go on with.
+    """
+    if not config.resume or not any((config.out / name).exists() for name in names):
+        return
+    stored = read_json(config.out / RUN_NAME, what="record of the run").get("data", {}).get("lists", {})
+    if stored.get("training", now := record["data"]["lists"]["training"]) != now:
+        raise DataError(
+            f"cannot resume {config.out}: the training photos or their classes have changed since it began; restore "
+            "them, or choose another --out"
+        )
 
 
 def run_record(verb: str, config: Config, data: FoldData) -> dict[str, Any]:

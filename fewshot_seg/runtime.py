@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
+from episodes.files import read_text
 from episodes.types import DataError
+from episodes.writing import atomic_path as atomic_path
 
 _RECORDED = ("fewshot-seg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "albumentations", "numpy")
 
@@ -74,41 +76,30 @@ def git_commit() -> str | None:
     return described.stdout.strip() if tracked.returncode == 0 else None
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block succeeds, removed when it fails.
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, written beside and renamed.
+
+    safetensors' own `save_file` writes beside under a name of its own, and a killed run would leave that for ever.
 
     Raises:
-        DataError: the folder cannot be written, or `path` is itself a folder.
+        DataError: see `atomic_path`.
     """
-    if path.is_dir():
-        raise DataError(f"cannot write {path}: it is a folder; give the path of a file, in that folder or elsewhere")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(dict(tensors), metadata=dict(metadata)))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with a final newline, written beside and renamed."""
+    """JSON with a final newline, written beside and renamed. What is no UTF-8 in names of files is escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, *, what: str) -> Any:
     """Parsed JSON. Raises DataError naming the file when it is missing or damaged; `what` says what it should be."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
-        raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
-    except ValueError as error:
+        raise DataError(f"cannot read {what} {path}: {error.strerror}; check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what} {path} is not valid JSON ({error}); delete it or restore it") from error

@@ -100,9 +100,23 @@ def shipped_models(folder: Path | None = None) -> tuple[ShippedModel, ...]:
     try:
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, expected {_FORMAT}")
-        return tuple(ShippedModel(**entry) for entry in content["models"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no manifest of this version ({error}); install fewshot-seg again") from error
+        models = tuple(ShippedModel(**entry) for entry in content["models"])
+        for model in models:
+            _check_entry(model)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is no manifest of this version ({error!r}); install fewshot-seg again") from error
+    return models
+
+
+def _check_entry(model: ShippedModel) -> None:
+    """Raises TypeError or ValueError for an entry that its readers would stumble over."""
+    texts = (model.name, model.sha256, model.backbone, model.summary, model.data, model.protocol, model.licence)
+    numbers = (model.bytes, model.resolution, model.parameters)
+    if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, int) for one in numbers):
+        raise TypeError(f"entry of {model.name!r:.60}")
+    if Path(model.name).name != model.name:
+        raise ValueError(f"name {model.name!r:.60} leads to another folder")
+    _ = model.headline
 
 
 def write_manifest(folder: Path, models: Sequence[ShippedModel]) -> None:

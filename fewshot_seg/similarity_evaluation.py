@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from episodes.augment import EpisodeTransform
 from episodes.labelled import LabelledImages
+from episodes.progress import tqdm
 from episodes.reidentification import ReidentificationData
 from episodes.types import DataError
 from fewshot_seg.attention import AttentionKind

@@ -26,7 +26,7 @@ from fewshot_seg.features import FeatureStore
 from fewshot_seg.fold_data import FoldData, training_episodes
 from fewshot_seg.metric_losses import MetricLoss, build_metric_loss
 from fewshot_seg.optimisation import CHECKPOINT_NAME, Plan, TrainingResult
-from fewshot_seg.runs import RUN_NAME, benchmark_name, check_classes, check_folder, open_data, run_record
+from fewshot_seg.runs import RUN_NAME, benchmark_name, check_classes, check_data, check_folder, open_data, run_record
 from fewshot_seg.runtime import environment, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, training_free
 from fewshot_seg.shipped import model_file
@@ -272,6 +272,7 @@ def run_similarity_training(
     if config.episodic:
         data = open_episodes(config, backbone, fold=config.fold, resolution=None)
         record = run_record("similarity train", config, data)
+        check_data(config, record, (SIMILARITY_NAME, CHECKPOINT_NAME))
         write_json(config.out / RUN_NAME, record | {"results": None})
         segmenter, result = train_episodes_configured(data, config, folder=config.out, show_progress=show_progress)
         similarity, resolution = segmenter.similarity, data.resolution
@@ -296,7 +297,7 @@ def run_similarity_training(
             images, store, backbone, config, folder=config.out, show_progress=show_progress
         )
         notes = {"source": config.data, "name": images.name, "labels": list(images.class_names)}
-    results = {"steps": result.steps, "seconds": result.seconds, "loss": result.losses[-1] if result.losses else None}
+    results = {"steps": result.steps, "seconds": result.seconds, "loss": result.last_loss}
     save_similarity(
         config.out / SIMILARITY_NAME,
         similarity,

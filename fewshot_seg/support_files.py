@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from episodes.files import is_file
 from episodes.protocols import Fit
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, trained_tensors, write_tensors
 from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
@@ -89,7 +91,7 @@ def load_support(path: Path, segmenter: FewShotSegmenter, *, resolution: int, fi
     Raises:
         DataError: missing, damaged or foreign file, or one of another model, resolution or fit.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no support set at {path}; write one with `fewshot-seg predict --save-support {path}`")
     again = "save the supports again with --save-support"
     try:
@@ -101,24 +103,28 @@ def load_support(path: Path, segmenter: FewShotSegmenter, *, resolution: int, fi
     _check_origin(path, description, segmenter, resolution, fit)
     expected = _shapes(tensors, 0 if segmenter.base_learner is None else segmenter.base_learner.classes)
     if expected is None or any(
-        tensors[name].shape != shape
-        or not tensors[name].is_floating_point()
-        or not bool(tensors[name].isfinite().all())
+        tensors[name].shape != shape or tensors[name].dtype != torch.float32 or not bool(tensors[name].isfinite().all())
         for name, shape in expected.items()
     ):
         raise DataError(f"{path} is damaged: its tensors are not those of a support set; {again}")
     device = next(segmenter.backbone.parameters()).device
     encoding = SupportEncoding(**{name: tensors[name].to(device) for name in expected})
-    return SavedSupport(encoding=encoding, names=tuple(map(str, description.get("names") or ())))
+    return SavedSupport(encoding=encoding, names=_names(description))
+
+
+def _names(description: dict[str, Any]) -> tuple[str, ...]:
+    names = description.get("names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _check_origin(
     path: Path, description: dict[str, Any], segmenter: FewShotSegmenter, resolution: int, fit: Fit
 ) -> None:
     backbone = segmenter.backbone
-    if (description.get("backbone"), description.get("backbone_fingerprint")) != (backbone.name, backbone.fingerprint):
+    made_by = description.get("backbone")
+    if (made_by, description.get("backbone_fingerprint")) != (backbone.name, backbone.fingerprint):
         raise DataError(
-            f"{path} was made with other weights or strides of a backbone ({description.get('backbone')}) than "
+            f"{path} was made with other weights or strides of a backbone ({shown(made_by, 60)}) than "
             f"{backbone.name} here; give the model that made it, or save the supports again"
         )
     if description.get("model") != model_digest(segmenter):
@@ -126,8 +132,8 @@ def _check_origin(
     made = (description.get("resolution"), description.get("fit"))
     if made != (resolution, fit):
         raise DataError(
-            f"{path} was made from photos fitted to {made[0]} pixels by {made[1]!r}, queries are fitted to "
-            f"{resolution} by {fit!r}; use --size {made[0]}, or save the supports again"
+            f"{path} was made from photos fitted to {shown(made[0], 20)} pixels by {shown(made[1], 20)}, queries are "
+            f"fitted to {resolution} by {fit!r}; use --size {shown(made[0], 20)}, or save the supports again"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from episodes.files import is_file, user_path
 from episodes.sources.marks import point_radius
 from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
 from fewshot_seg.photos import Photo, open_photo, read_object_mask
@@ -48,8 +48,8 @@ def read_support(text: str) -> Support:
     Raises:
         DataError: none of these, a missing or broken file, two sizes, marks without the object or outside the photo.
     """
-    alone = Path(text).expanduser()
-    if os.path.isfile(alone):  # noqa: PTH113 - Path.is_file raises for names that are too long to be any
+    alone = user_path(text)
+    if is_file(alone):
         photo = open_photo(alone)
         return _support(photo, np.full(photo.shape, IGNORE, np.uint8), "label")
     found = _MARKS.fullmatch(text)
@@ -57,10 +57,10 @@ def read_support(text: str) -> Support:
         photo_path, mask_path = _split_pair(text)
         photo = open_photo(photo_path)
         return _support(photo, _object_mask_of(photo, photo_path, mask_path), "mask")
-    photo_path = Path(found["photo"]).expanduser()
+    photo_path = user_path(found["photo"])
     photo, kind, value = open_photo(photo_path), found["kind"], found["value"]
     if kind == "scribble":
-        strokes = _object_mask_of(photo, photo_path, Path(value).expanduser())
+        strokes = _object_mask_of(photo, photo_path, user_path(value))
         return _support(photo, np.where(strokes == 1, 1, IGNORE).astype(np.uint8), "scribble")
     shapes = [_numbers(text, one, 4 if kind == "box" else 2, photo) for one in value.split("+")]
     if kind == "box":
@@ -84,7 +84,7 @@ def _boxes(text: str, boxes: Sequence[Sequence[int]], shape: tuple[int, int]) ->
     marks = np.zeros(shape, np.uint8)
     for left, top, right, bottom in boxes:
         if right <= left or bottom <= top:
-            raise DataError(f"--support {text!r}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
+            raise DataError(f"--support {text!r:.200}: box must be X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
         marks[top:bottom, left:right] = IGNORE
     return marks
 
@@ -108,12 +108,12 @@ def _numbers(text: str, value: str, count: int, photo: Photo) -> list[int]:
         numbers = []
     if len(numbers) != count:
         expected = "box=X0,Y0,X1,Y1" if count == 4 else "point=X,Y"
-        raise DataError(f"--support {text!r}: expected {expected} in pixels, got {value!r}")
+        raise DataError(f"--support {text!r:.200}: expected {expected} in pixels, got {value!r:.100}")
     height, width = photo.shape
     room = 0 if count == 4 else -1  # a box may end at the border, a point must be on a pixel
     if not all(0 <= x <= width + room for x in numbers[::2]) or not all(0 <= y <= height + room for y in numbers[1::2]):
         raise DataError(
-            f"--support {text!r}: {value} lies outside the photo, which is {width}x{height} pixels (upright)"
+            f"--support {text!r:.200}: {value:.100} lies outside the photo, which is {width}x{height} pixels (upright)"
         )
     return numbers
 
@@ -132,13 +132,13 @@ def _object_mask_of(photo: Photo, photo_path: Path, mask_path: Path) -> UInt8Arr
 
 def _split_pair(pair: str) -> tuple[Path, Path]:
     places = [place for place, letter in enumerate(pair) if letter == ":"]
-    candidates = [(Path(pair[:place]).expanduser(), Path(pair[place + 1 :]).expanduser()) for place in places]
+    candidates = [(user_path(pair[:place]), user_path(pair[place + 1 :])) for place in places]
     for photo, mask in candidates:  # file names may hold colons themselves, as Windows drives do
-        if os.path.isfile(photo) and os.path.isfile(mask):  # noqa: PTH113 - as in read_support
+        if is_file(photo) and is_file(mask):
             return photo, mask
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
         raise DataError(
-            f"--support {pair!r}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
+            f"--support {pair!r:.200}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "
             "PHOTO:box=X0,Y0,X1,Y1, PHOTO:point=X,Y, PHOTO:scribble=FILE, or a PHOTO alone, each with or without NAME= "
             "of its class before it"
         )
@@ -158,7 +158,7 @@ def split_name(text: str) -> tuple[str, str]:
     """
     found = _NAME.fullmatch(text)
     ends = [place for place, letter in enumerate(text) if letter == ":"] + [len(text)]
-    if found is None or not found["name"].strip() or any(os.path.isfile(text[:end]) for end in ends):  # noqa: PTH113
+    if found is None or not found["name"].strip() or any(is_file(text[:end]) for end in ends):
         return UNNAMED, text
     return found["name"].strip(), found["rest"]
 

@@ -2,15 +2,19 @@
 
     python scripts/reproduce_supports.py --root ../shared/data/VOCdevkit/VOC2012
 
-One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot; its threshold is chosen for
-each kind on held-out base classes. Beside it stands the bare soft margin with nothing trained at all, 1-shot (not with
---no-bare). Interrupted runs go on where they stopped. docs/results.md is written at the end.
+    python scripts/reproduce_supports.py --root ../shared/data/VOCdevkit/VOC2012 --training cross-fitted --no-bare
+
+One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot: by default the small joint
+model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted
+the recipe of the shipped models, whose threshold is 0. Beside it stands the bare soft margin with nothing trained at
+all, 1-shot (not with --no-bare). Interrupted runs go on where they stopped. docs/results.md is written at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,14 +22,17 @@ from typing import Any
 
 import torch
 from render_results import fold_means, merge_records, provenance, render
+from train_weights import MODEL, TRAINING
+from weight_runs import BACKBONE
 
 from episodes.episode_files import fingerprint_episodes
 from episodes.protocols import get_protocol
 from episodes.sources import VocSource
 from episodes.types import SUPPORT_KINDS, SupportKind
 from fewshot_seg.backbones import build_backbone
-from fewshot_seg.checkpoint import save_segmenter
+from fewshot_seg.checkpoint import load_segmenter, save_segmenter
 from fewshot_seg.config import default_cache
+from fewshot_seg.cross_fitted_fold import train_cross_fitted
 from fewshot_seg.evaluation import choose_threshold, evaluate
 from fewshot_seg.experiment import train_fold
 from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
@@ -36,6 +43,7 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 MIX: tuple[SupportKind, ...] = ("label", "label", *SUPPORT_KINDS)
 """What supports of training episodes are marked by: image-level labels, the hardest, come three times in seven."""
 TRAINED = "ours, trained on all kinds of supports"
+CROSS_FITTED = "ours, cross-fitted on all kinds of supports"
 BARE = "soft margin alone, training-free"  # as reproduce_pascal calls it
 EPISODES = {1: 1000, 5: 500}
 """Episodes by shots; those of 5 supports take three times as long."""
@@ -46,14 +54,17 @@ HELD_OUT_EPISODES = 200
 def main() -> None:
     arguments = _arguments()
     source, protocol = VocSource(arguments.root), get_protocol("hsnet", "pascal")
+    cross_fitted = arguments.training == "cross-fitted"
     common = {"root": arguments.root, "out": arguments.out, "cache": arguments.cache, "quick": arguments.quick}
     # features first, in one process: two would compute the same ones
-    data = open_fold(source, build_backbone(), protocol, fold=0, cache=arguments.cache, show_progress=True)
+    backbone = build_backbone(**BACKBONE) if cross_fitted else build_backbone()
+    data = open_fold(source, backbone, protocol, fold=0, cache=arguments.cache, show_progress=True)
     data.store.ensure([*data.training_index.image_ids, *data.evaluation_index.image_ids], show_progress=True)
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
-        per_fold = list(pool.map(partial(_trained, **common), range(4)))
+        trained = partial(_cross_fitted if cross_fitted else _trained, episodes=arguments.episodes)
+        per_fold = list(pool.map(partial(trained, **common), range(4)))
         per_fold += pool.map(partial(_bare, **common), range(4)) if arguments.bare else []
     described = {
         "data": benchmark_name(data),
@@ -71,6 +82,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, required=True, help="folder VOC2012")
     parser.add_argument("--out", type=Path, default=Path("runs/supports"), help="models and finished cells")
     parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--training", choices=("joint", "cross-fitted"), default="joint")
+    parser.add_argument("--episodes", type=int, help="1-shot alone, so many a cell")
     parser.add_argument("--jobs", type=int, default=2, help="folds at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="nothing trained, too")
@@ -82,11 +95,41 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _open(fold: int, root: Path, cache: Path) -> FoldData:
-    return open_fold(VocSource(root), build_backbone(), get_protocol("hsnet", "pascal"), fold=fold, cache=cache)
+def _open(fold: int, root: Path, cache: Path, **backbone: Any) -> FoldData:
+    protocol = get_protocol("hsnet", "pascal")
+    return open_fold(VocSource(root), build_backbone(**backbone), protocol, fold=fold, cache=cache)
 
 
-def _trained(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list[dict[str, Any]]:
+def _counts(episodes: int | None) -> dict[int, int]:
+    return EPISODES if episodes is None else {1: episodes}
+
+
+def _cross_fitted(
+    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: int | None
+) -> list[dict[str, Any]]:
+    """The recipe of the shipped models, but for the supports."""
+    data, folder = _open(fold, root, cache, **BACKBONE), out / f"cross-fitted{fold}"
+    model = folder / "model.safetensors"
+    if not model.exists():
+        build = partial(_build, data)
+        few = {"steps": 6, "decoder_steps": 6, "decoder_episodes": ((1, 8),)} if quick else {}
+        recipe = {**TRAINING, "supports": MIX, **few}
+        trained = train_cross_fitted(build, data, folder=folder, resume=True, show_progress=True, **recipe)
+        notes = {"source": data.source.name, "fold": fold, "base_classes": data.split.base, "supports": MIX}
+        resolution = data.resolution
+        save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=resolution, notes=notes)
+    segmenter = load_segmenter(model).segmenter
+    records = _cells(data, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
+    return [record | {"fold": fold} for record in records]
+
+
+def _build(data: FoldData, base_classes: int) -> FewShotSegmenter:
+    return build_segmenter(data.backbone, base_classes=base_classes, **MODEL, completion=True)
+
+
+def _trained(
+    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: int | None
+) -> list[dict[str, Any]]:
     data, folder = _open(fold, root, cache), out / f"fold{fold}"
     build = partial(build_segmenter, data.backbone, decoder_width=48, decoder_blocks=4, completion=True)
     trained = train_fold(
@@ -102,33 +145,38 @@ def _trained(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> l
     notes = {"source": data.source.name, "fold": fold, "base_classes": data.split.base, "supports": MIX}
     model = folder / "model.safetensors"
     save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=data.resolution, notes=notes)
-    records = _cells(data, folder, TRAINED, (trained.segmenter, trained.selection), tuple(EPISODES), quick)
+    records = _cells(data, folder, TRAINED, (trained.segmenter, trained.selection), _counts(episodes), quick)
     return [record | {"fold": fold} for record in records]
 
 
 def _bare(fold: int, *, root: Path, out: Path, cache: Path, quick: bool) -> list[dict[str, Any]]:
     data, folder = _open(fold, root, cache), out / f"fold{fold}"
     bare = training_free(data.backbone)
-    return [record | {"fold": fold} for record in _cells(data, folder, BARE, (bare, bare), (1,), quick)]
+    return [record | {"fold": fold} for record in _cells(data, folder, BARE, (bare, bare), {1: EPISODES[1]}, quick)]
 
 
 def _cells(
     data: FoldData,
     folder: Path,
     method: str,
-    models: tuple[FewShotSegmenter, FewShotSegmenter],
-    all_shots: tuple[int, ...],
+    models: tuple[FewShotSegmenter, FewShotSegmenter | None],
+    counts: Mapping[int, int],
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """Records of a method with every kind of support; `models`: the one to score, and that of the threshold."""
-    segmenter, selection = (model.eval() for model in models)
+    """Records of a method with every kind of support.
+
+    `models`: the one to score, and that of the threshold (None: it keeps its own); `counts`: shots -> episodes.
+    """
+    segmenter, selection = models[0].eval(), models[1]
     records: list[dict[str, Any]] = []
-    for shots in all_shots:
+    for shots, count in counts.items():
         for kind in SUPPORT_KINDS:
-            kept = folder / f"{method}, {kind}, {shots}-shot.json"
+            few = "" if count == EPISODES[shots] else f", {count} episodes"
+            kept = folder / f"{method}, {kind}, {shots}-shot{few}.json"
             if not kept.exists():
-                segmenter.threshold = _threshold(data, folder, method, selection, kind, quick)
-                write_json(kept, _score(data, method, segmenter, kind, shots, quick))
+                if selection is not None:
+                    segmenter.threshold = _threshold(data, folder, method, selection.eval(), kind, quick)
+                write_json(kept, _score(data, method, segmenter, kind, shots, 20 if quick else count))
                 print(f"fold {data.fold}: {kept.stem} done", flush=True)
             records += read_json(kept, what="finished cell")
     return records
@@ -147,9 +195,8 @@ def _threshold(
 
 
 def _score(
-    data: FoldData, method: str, segmenter: FewShotSegmenter, kind: SupportKind, shots: int, quick: bool
+    data: FoldData, method: str, segmenter: FewShotSegmenter, kind: SupportKind, shots: int, count: int
 ) -> list[dict[str, Any]]:
-    count = 20 if quick else EPISODES[shots]
     evaluation = evaluate(
         segmenter,
         evaluation_episodes(data, shots=shots, count=count, support=kind),

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from episodes.prepare.archives import Archive
 from episodes.prepare.part import Origin, Part
 from episodes.prepare.records import digests_of
 from episodes.prepare.space import check_space
+from episodes.progress import tqdm
 from episodes.types import DataError
 
 _CHUNK = 1 << 18
@@ -120,7 +119,7 @@ def _fetch(address: str, part: Part, archive: Archive, patience: Patience, show_
                 time.sleep(min(patience.pause * 2 ** max(failures - 1, 0), _LONGEST_PAUSE))
 
 
-def _fetch_rest(address: str, part: Part, archive: Archive, timeout: float, progress: tqdm[None]) -> None:
+def _fetch_rest(address: str, part: Part, archive: Archive, timeout: float, progress: tqdm) -> None:
     """One connection: all of the file that is not in `part` yet."""
     origin = part.origin()
     start = part.size() if origin else 0
@@ -147,7 +146,7 @@ def _fetch_rest(address: str, part: Part, archive: Archive, timeout: float, prog
         raise _BrokenError(f"only {part.size()} of {total} bytes came")
 
 
-def _copy(response: http.client.HTTPResponse, file: IO[bytes], length: int | None, progress: tqdm[None]) -> None:
+def _copy(response: http.client.HTTPResponse, file: IO[bytes], length: int | None, progress: tqdm) -> None:
     received = 0
     while length is None or received < length:
         try:
@@ -196,10 +195,12 @@ def _range_of(
     A server that ignores the range, or whose file has changed, sends all of it: then the first byte is 0.
     """
     given = response.headers.get("Content-Length", "")
-    length = int(given) if given.isdecimal() else None
+    length = int(given) if given.isdecimal() and len(given) < 20 else None
     if response.status != 206:
         return 0, length, length
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    match = re.fullmatch(
+        r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("Content-Range", "").strip()
+    )
     if origin and match and int(match[1]) == start:
         total = origin.total if match[3] == "*" else int(match[3])
         if total == origin.total and _validator(response) in ("", origin.validator):

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
+import os
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, cast
 
-from tqdm import tqdm
-
+from episodes.files import require_file
+from episodes.progress import tqdm
+from episodes.sources.decoding import reason_of
 from episodes.types import DataError
 
 _LEAST = 512  # what an entry takes at least: a million empty files are a bomb too
-# What the readers of the standard library raise on damaged archives, by experience; OSError is told apart.
-_DAMAGED = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    gzip.BadGzipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-)
+_LONGEST_HEADER = 1 << 20  # what a tar may say of one member: its long name, its comments
 
 
 def extract(path: Path, folder: Path, *, wanted: Sequence[str], limit: int, show_progress: bool) -> None:
@@ -47,6 +41,7 @@ def extract(path: Path, folder: Path, *, wanted: Sequence[str], limit: int, show
         DataError: damaged archive, a member that is not to be trusted (named), or no space.
     """
     with _as_data_errors(path):
+        require_file(path)
         folder.mkdir(parents=True, exist_ok=True)
         budget = _Budget(path, limit, shutil.disk_usage(folder).free)
         bar = tqdm(
@@ -94,17 +89,55 @@ class _Budget:
             )
 
 
-def _extract_tar(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm[None]) -> None:
-    with path.open("rb") as file, tarfile.open(fileobj=file) as archive:
+def _extract_tar(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm) -> None:
+    with path.open("rb") as file, _unpacked(file) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
+        place = -1
         for member in archive:
             budget.admit(member.name, member.size, is_file=member.isfile())
+            if member.size < 0 or member.offset <= place:  # the same members again, without end
+                raise _refusal(path, member.name, "leads back to what was read before")
+            place = member.offset
             tarfile.data_filter(member, str(folder))  # refuses devices and links that point outside
+            if member.islnk() and _is_wanted(member.name, wanted) and not os.path.isfile(folder / member.linkname):  # noqa: PTH113 - never raises
+                raise _refusal(path, member.name, "is a link to a file that is not unpacked")
             if not member.issym() and _is_wanted(member.name, wanted):
                 archive.extract(member, folder, filter="data")
             progress.update(file.tell() - progress.n)
 
 
-def _extract_zip(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm[None]) -> None:
+@contextmanager
+def _unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The plain tar of a file that may be compressed; a header that asks for too much memory is an error."""
+    magic = file.read(6)
+    file.seek(0)
+    readers: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+        b"\x1f\x8b": lambda one: gzip.GzipFile(fileobj=one),
+        b"BZh": bz2.BZ2File,
+        b"\xfd7zXZ\0": lzma.LZMAFile,
+    }
+    reader = next((one for start, one in readers.items() if magic.startswith(start)), None)
+    plain = file if reader is None else reader(file)
+    try:
+        yield cast(IO[bytes], _InSmallParts(plain))
+    finally:
+        if plain is not file:
+            plain.close()
+
+
+class _InSmallParts:
+    """What `tarfile` needs of a file. It copies contents in small parts, but reads what a header says in one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _extract_zip(path: Path, folder: Path, wanted: Sequence[str], budget: _Budget, progress: tqdm) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         for member in members:  # a zip lists its members at once: refused before anything is written
@@ -131,11 +164,16 @@ def _as_data_errors(path: Path) -> Iterator[None]:
         raise
     except tarfile.FilterError as error:
         raise _refusal(path, error.tarinfo.name, _why(error)) from None
-    except _DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not a sound archive ({reason}); fetch it again") from None
     except OSError as error:
+        if error.errno is None:  # of the decompressors: damaged data
+            raise _unsound(path, error) from None
         raise DataError(f"{path}: cannot unpack: {error.strerror or error}; make space or check permissions") from error
+    except Exception as error:  # the readers of the standard library raise whatever damaged bytes lead them to
+        raise _unsound(path, error) from None
+
+
+def _unsound(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a sound archive ({reason_of(error)}); fetch it again")
 
 
 def _why(error: tarfile.FilterError) -> str:

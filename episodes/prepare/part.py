@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from episodes.files import read_text
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -43,11 +45,13 @@ class Part:
     def origin(self) -> Origin | None:
         """None when nothing is recorded to recognise the file by: then it is to be fetched from its first byte."""
         try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-            origin = Origin(str(record["validator"]), record["total"])
-        except (OSError, ValueError, KeyError, TypeError):
+            record = json.loads(read_text(self._record))
+            validator, total = record["validator"], record["total"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return origin if origin.validator else None
+        sendable = isinstance(validator, str) and validator.isascii() and validator.isprintable()  # it becomes a header
+        known = total is None or (isinstance(total, int) and not isinstance(total, bool) and total >= 0)
+        return Origin(validator, total) if sendable and validator and known else None
 
     def record(self, origin: Origin) -> None:
         """Note the version; to be called when the bytes of another version are gone."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from episodes.files import user_path
 from episodes.prepare.archives import Archive, CocoYear, DataSet, archives_of
 from episodes.prepare.download import Patience, download
 from episodes.prepare.extraction import extract
+from episodes.prepare.part import Part
 from episodes.prepare.records import RECORD_NAME, count_files, digests_of, is_damaged, read_record, write_record
 from episodes.prepare.space import bytes_needed, check_space
 from episodes.types import DataError
+from episodes.writing import reason_of
 
 _DOWNLOADS = "downloads"
 
@@ -79,7 +82,7 @@ def prepare(
             data in the target that came from elsewhere.
     """
     chosen = archives_of(data_set, year=year, with_sbd=with_sbd)
-    target = Path(target).expanduser()
+    target = user_path(target)
     steps = prepare_archives(
         chosen,
         target,
@@ -115,12 +118,13 @@ def prepare_archives(
     states = {archive.name: _state_of(archive, target, records.get(archive.name)) for archive in chosen}
     todo = [archive for archive in chosen if states[archive.name] != "complete"]
     if archives is not None:
-        _check_all_there(todo, Path(archives).expanduser())
+        _check_all_there(todo, user_path(archives))
     downloads = target / _DOWNLOADS if archives is None else None
     check_space(target, bytes_needed(todo, downloads=downloads, keep_archives=keep_archives))
     steps = []
     for archive in chosen:
         if archive not in todo:
+            _clear_away(archive, target, records[archive.name])
             steps.append((f"{archive.name}: already there, nothing to do", False))
             continue
         path, digests = _archive_file(archive, target, archives, mirror, patience or Patience(), show_progress)
@@ -130,11 +134,9 @@ def prepare_archives(
                 f"{path}: sha256 {digests['sha256']}, but {target / RECORD_NAME} recorded {recorded['sha256']}; "
                 "it is another archive than last time: get that one, or prepare into an empty folder"
             )
-        _unpack(archive, path, target, records, digests, show_progress)
-        if archives is None and not keep_archives:
-            path.unlink()
-            with contextlib.suppress(OSError):  # holds other archives
-                path.parent.rmdir()
+        fetched = archives is None and not keep_archives
+        _unpack(archive, path, target, records, digests | {"fetched": fetched}, show_progress)
+        _clear_away(archive, target, records[archive.name])
         steps.append((f"{archive.name}: {'unpacked' if states[archive.name] == 'new' else 'mended'}", True))
     return steps
 
@@ -165,7 +167,7 @@ def _check_all_there(todo: Sequence[Archive], folder: Path) -> None:
 def _archive_file(
     archive: Archive, target: Path, archives: Path | None, mirror: str | None, patience: Patience, show_progress: bool
 ) -> tuple[Path, dict[str, str]]:
-    folder = target / _DOWNLOADS if archives is None else Path(archives).expanduser()
+    folder = target / _DOWNLOADS if archives is None else user_path(archives)
     path = folder / archive.name
     if not path.exists():
         addresses = archive.addresses if mirror is None else (f"{mirror.rstrip('/')}/{archive.name}",)
@@ -184,10 +186,15 @@ def _unpack(
     path: Path,
     target: Path,
     records: dict[str, Any],
-    digests: dict[str, str],
+    origin: dict[str, Any],
     show_progress: bool,
 ) -> None:
-    temporary = target / f".{archive.name}.unpacking"
+    """Into place; `origin` has the archive's sha256, and whether it was ``fetched`` for this and is of no further use.
+
+    Raises:
+        DataError: an archive that is not sound or not the right one, or the target cannot be written.
+    """
+    temporary = _temporary(archive, target)
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         extract(path, temporary, wanted=archive.places, limit=archive.limit, show_progress=show_progress)
@@ -195,7 +202,8 @@ def _unpack(
             if not (temporary / place).exists():
                 raise DataError(f"{path}: expected {place} in it; it is another archive: fetch the official one")
         entry = {
-            "sha256": digests["sha256"],
+            "sha256": origin["sha256"],
+            "fetched": origin["fetched"],
             "vouched for by": archive.origin,
             "folders": count_files(temporary),
             "complete": False,
@@ -207,9 +215,25 @@ def _unpack(
         records[archive.name] = entry | {"complete": True}
         write_record(target, records)
     except OSError as error:
-        raise DataError(f"cannot write into {target}: {error.strerror}; make space or choose another target") from error
+        raise DataError(f"cannot write into {target}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(archive: Archive, target: Path) -> Path:
+    return target / f".{archive.name}.unpacking"
+
+
+def _clear_away(archive: Archive, target: Path, entry: Mapping[str, Any]) -> None:
+    """What is of no use once an archive is in place; a run that was killed just then has left it."""
+    shutil.rmtree(_temporary(archive, target), ignore_errors=True)
+    if not entry.get("fetched"):
+        return
+    downloads = target / _DOWNLOADS
+    (downloads / archive.name).unlink(missing_ok=True)
+    Part(downloads, archive.name).discard()
+    with contextlib.suppress(OSError):  # holds other archives
+        downloads.rmdir()
 
 
 def _place(source: Path, destination: Path) -> None:

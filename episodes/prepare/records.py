@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from episodes.files import read_text, require_file
+from episodes.progress import tqdm
 from episodes.types import DataError
+from episodes.writing import atomic_path
 
 RECORD_NAME = "prepared.json"
 _CHUNK = 1 << 20
@@ -24,6 +25,7 @@ def digests_of(path: Path, *, show_progress: bool) -> dict[str, str]:
     """``md5`` and ``sha256`` of a file in one reading. Raises DataError when it cannot be read."""
     sums = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
     try:
+        require_file(path)
         with (
             path.open("rb") as file,
             tqdm(
@@ -68,18 +70,18 @@ def read_record(target: Path) -> dict[str, Any]:
     """Archive name -> what `prepared.json` says of it; empty without that file. Raises DataError if it is damaged."""
     path = target / RECORD_NAME
     try:
-        archives = json.loads(path.read_text(encoding="utf-8"))["archives"]
+        archives: dict[str, dict[str, Any]] = json.loads(read_text(path))["archives"]
         for entry in archives.values():
-            _ = (
-                entry["complete"],
-                entry["sha256"],
-                {folder: (files, size) for folder, (files, size) in entry["folders"].items()},
-            )
+            sound = isinstance(entry["complete"], bool) and isinstance(entry["sha256"], str)
+            for folder, (files, size) in entry["folders"].items():
+                sound &= isinstance(files, int) and isinstance(size, int) and ".." not in Path(folder).parts
+            if not sound:
+                raise ValueError("not what was written")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; choose a folder you may read") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(
             f"{path} is not a record of `data prepare`; move it and the data beside it away, or choose another target"
         ) from None
@@ -88,7 +90,5 @@ def read_record(target: Path) -> dict[str, Any]:
 
 def write_record(target: Path, archives: Mapping[str, Any]) -> None:
     """`prepared.json`, written beside and renamed."""
-    path = target / RECORD_NAME
-    temporary = path.with_name(f".{RECORD_NAME}.writing")
-    temporary.write_text(json.dumps({"archives": archives}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_path(target / RECORD_NAME) as temporary:
+        temporary.write_text(json.dumps({"archives": archives}, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from episodes.files import read_text
+from episodes.sources.annotation_files import shown
 from episodes.types import DataError, FoldedDataset
 
 QueryDraw = Literal["list", "random", "image", "class"]
@@ -141,7 +143,7 @@ def _is_pair(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return repr(value)[:60]
+    return shown(value, 60)
 
 
 def custom_protocol(**fields: Any) -> EpisodeProtocol:
@@ -190,7 +192,7 @@ def read_protocol(path: Path) -> EpisodeProtocol:
             file is named.
     """
     try:
-        fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        fields = tomllib.loads(read_text(path))
     except OSError as error:
         raise DataError(f"cannot read protocol {path}: {error.strerror}; name a TOML file") from None
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from episodes.files import is_file, real_path
 from episodes.sources.annotation_files import bad_annotation
 from episodes.sources.coco_annotations import CocoAnnotations, CocoPhoto, read_annotations
 from episodes.sources.coco_outlines import class_boxes
@@ -52,7 +52,7 @@ class CocoSource(CocoReader):
     _folders: dict[str, Path] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        root = Path(self.root).expanduser().resolve()
+        root = real_path(self.root)
         for candidate in (root, root / "coco"):
             folders = _photo_folders(candidate)
             if folders:
@@ -153,9 +153,9 @@ class CocoJsonSource(CocoReader):
     images: Path | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "annotations", _find_json(Path(self.annotations).expanduser().resolve()))
+        object.__setattr__(self, "annotations", _find_json(real_path(self.annotations)))
         if self.images is not None:
-            images = Path(self.images).expanduser().resolve()
+            images = real_path(self.images)
             if not images.is_dir():
                 raise DataError(f"{images}: expected the folder of the photos, but there is none; name that folder")
             object.__setattr__(self, "images", images)
@@ -217,11 +217,11 @@ class CocoJsonSource(CocoReader):
         beside = annotations.file.parent
         above = [beside.parent / "images"] if beside.name == "annotations" else []
         places = [folder / photo.name for folder in (beside, beside / "images", *above)]
-        return next((place for place in places if os.path.isfile(place)), places[0])  # noqa: PTH113  never raises
+        return next((place for place in places if is_file(place)), places[0])
 
 
 def _find_json(path: Path) -> Path:
-    if path.is_file():
+    if is_file(path):
         return path
     if not path.is_dir():
         raise DataError(

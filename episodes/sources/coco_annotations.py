@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from episodes.sources.annotation_files import (
     is_whole,
     kind_of,
     read_json_object,
+    shown,
     stated_size,
 )
 from episodes.sources.errors import SourceError
@@ -91,14 +93,15 @@ def _parse(path: Path, size: int, mtime: int) -> CocoAnnotations:  # noqa: ARG00
         if photo is None:
             raise bad_annotation(
                 path,
-                f"annotation {number!r:.40} belongs to image {entry.get('image_id')!r:.40}, which is not in images",
+                f"annotation {shown(number, 40)} belongs to image {shown(entry.get('image_id'), 40)}, "
+                "which is not in images",
             )
         category = entry.get("category_id")
         if not is_whole(category) or category + shift not in names:
             raise SourceError(
                 path,
                 "unknown-label",
-                f"annotation {number!r:.40} has category {category!r:.40}, which is not in categories",
+                f"annotation {shown(number, 40)} has category {shown(category, 40)}, which is not in categories",
                 "add the category or drop the annotation",
             )
         photo.objects.append(
@@ -139,7 +142,9 @@ def _class_names(entries: list[dict[str, Any]], used: set[object], path: Path) -
         number, name = entry.get("id"), entry.get("name")
         if not (is_whole(number) and number >= 0 and isinstance(name, str) and name):
             raise bad_annotation(
-                path, f"category {place + 1} needs an id from 0 up and a name, found {number!r:.40} and {name!r:.40}"
+                path,
+                f"category {place + 1} needs an id from 0 up and a name, "
+                f"found {shown(number, 40)} and {shown(name, 40)}",
             )
         if number in names:
             raise bad_annotation(path, f"two categories have the id {number}")
@@ -158,10 +163,10 @@ def _photos(entries: list[dict[str, Any]], path: Path) -> dict[object, CocoPhoto
     for place, entry in enumerate(entries):
         number = entry.get("id")
         if not _is_id(number):
-            raise bad_annotation(path, f"image {place + 1} needs an id, found {number!r:.40}")
+            raise bad_annotation(path, f"image {place + 1} needs an id, found {shown(number, 40)}")
         if number in photos:
-            raise bad_annotation(path, f"two images have the id {number!r:.40}")
-        where = f"image {number!r:.40}"
+            raise bad_annotation(path, f"two images have the id {shown(number, 40)}")
+        where = f"image {shown(number, 40)}"
         name = inner_name(entry.get("file_name"), path, where)
         photos[number] = CocoPhoto(name, stated_size(entry.get("width"), entry.get("height"), path, where), [])
     return photos
@@ -170,8 +175,9 @@ def _photos(entries: list[dict[str, Any]], path: Path) -> dict[object, CocoPhoto
 def _by_short_name(photos: Mapping[object, CocoPhoto], path: Path) -> dict[str, CocoPhoto]:
     by_name = {photo.name: photo for photo in photos.values()}
     if len(by_name) != len(photos):
-        names = [photo.name for photo in photos.values()]
-        double = next(name for name in names if names.count(name) > 1)
-        raise bad_annotation(path, f"two images have the file_name {double!r:.100}", "keep one entry for each photo")
+        (double, _), *_ = Counter(photo.name for photo in photos.values()).most_common(1)
+        raise bad_annotation(
+            path, f"two images have the file_name {shown(double, 100)}", "keep one entry for each photo"
+        )
     short = {str(PurePosixPath(name).with_suffix("")): photo for name, photo in by_name.items()}
     return short if len(short) == len(by_name) else by_name

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as run_length
 
-from episodes.sources.annotation_files import bad_annotation, coordinates, kind_of
+from episodes.sources.annotation_files import bad_annotation, check_outline, coordinates, kind_of, shown
 from episodes.sources.coco_annotations import CocoObject, CocoPhoto
 from episodes.types import IGNORE, UInt8Array
 
@@ -61,7 +61,7 @@ def class_boxes(file: Path, photo: CocoPhoto, class_id: int) -> UInt8Array | Non
 
 def _outline(file: Path, photo: CocoPhoto, thing: CocoObject) -> dict[str, Any] | None:
     """Run lengths of an object as pycocotools keeps them; None when it has a box alone."""
-    where = f"annotation {thing.number!r:.40}"
+    where = f"annotation {shown(thing.number, 40)}"
     height, width = photo.size
     outline = thing.segmentation
     if isinstance(outline, dict):
@@ -75,6 +75,7 @@ def _outline(file: Path, photo: CocoPhoto, thing: CocoObject) -> dict[str, Any] 
                 raise bad_annotation(
                     file, f"{where}: polygon has {polygon.size} numbers, expected x and y of three points or more"
                 )
+        check_outline([polygon.reshape(-1, 2) for polygon in polygons], file, where)
         merged: dict[str, Any] = run_length.merge(
             run_length.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
         )
@@ -88,10 +89,10 @@ def _outline(file: Path, photo: CocoPhoto, thing: CocoObject) -> dict[str, Any] 
 
 def _box(file: Path, photo: CocoPhoto, thing: CocoObject) -> tuple[slice, slice]:
     """Rows and columns of all pixels that a box touches."""
-    where = f"annotation {thing.number!r:.40}"
+    where = f"annotation {shown(thing.number, 40)}"
     numbers = coordinates(thing.bbox, photo.size, file, where)
     if numbers.shape != (4,) or (numbers[2:] < 0).any():
-        raise bad_annotation(file, f"{where}: expected bbox as x, y, width, height; found {thing.bbox!r:.60}")
+        raise bad_annotation(file, f"{where}: expected bbox as x, y, width, height; found {shown(thing.bbox, 60)}")
     x, y, width, height = numbers.tolist()
     first = np.floor([max(y, 0.0), max(x, 0.0)]).astype(int)
     last = np.ceil([max(y + height, 0.0), max(x + width, 0.0)]).astype(int)
@@ -106,7 +107,8 @@ def _run_lengths(outline: Mapping[str, Any], photo: CocoPhoto, file: Path, where
     height, width = photo.size
     if outline.get("size") != [height, width]:
         raise bad_annotation(
-            file, f"{where}: run lengths are for size {outline.get('size')!r:.40}, the image has [{height}, {width}]"
+            file,
+            f"{where}: run lengths are for size {shown(outline.get('size'), 40)}, the image has [{height}, {width}]",
         )
     counts = outline.get("counts")
     try:
@@ -114,7 +116,7 @@ def _run_lengths(outline: Mapping[str, Any], photo: CocoPhoto, file: Path, where
     except ValueError:
         runs = np.empty(0)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any() or (runs > height * width).any():
-        raise bad_annotation(file, f"{where}: counts are no run lengths: {counts!r:.60}")
+        raise bad_annotation(file, f"{where}: counts are no run lengths: {shown(counts, 60)}")
     if runs.sum() != height * width:
         raise bad_annotation(
             file, f"{where}: run lengths cover {runs.sum()} pixels, the image of {width}x{height} has {height * width}"

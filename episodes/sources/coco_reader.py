@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import ImageOps
 
+from episodes.sources.annotation_files import check_room
 from episodes.sources.coco_annotations import CocoAnnotations, CocoPhoto
 from episodes.sources.coco_outlines import class_mask
 from episodes.sources.decoding import opened, rgb, upright_size
@@ -98,11 +99,12 @@ class CocoReader(ABC):
         """Class id -> mask for the classes with an outlined object, ascending, at the size that the JSON gives."""
         annotations, photo = self._find(image_id)
         present = sorted({thing.class_id for thing in photo.objects})
+        check_room(len(present), photo.size, annotations.file)
         masks = ((class_id, class_mask(annotations.file, photo, class_id)) for class_id in present)
         return {class_id: mask for class_id, mask in masks if (mask == 1).any()}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (name, size, mtime) of the photos of these ids and of the JSON files that list them."""
+        """Hex digest of the names and contents of the photos of these ids and of the JSON files that list them."""
         found = {image_id: self._find(image_id) for image_id in image_ids}
         lists = {annotations.file for annotations, _ in found.values()}
         files = [(path.name, [str(path)]) for path in sorted(lists)]

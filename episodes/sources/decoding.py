@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from episodes.files import require_file
 from episodes.sources.errors import SourceError
-from episodes.types import UInt8Array
+from episodes.types import DataError, UInt8Array
 
-# What Pillow's decoders raise on damaged files, by experience: each plugin has its own habits.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
+"""What is decoded, by content, whatever the file is called. Pillow knows fifty more, and for one of them, EPS, it
+starts another program on what is in the file."""
 
 _ORIENTATION = 0x0112  # EXIF
 _SIDEWAYS = range(5, 9)  # orientations that swap width and height
@@ -38,20 +29,36 @@ def missing_file(path: Path) -> SourceError:
     return SourceError(path, "missing", "no such file", "put it there or drop its id from the split's list")
 
 
+def open_picture(file: Path | IO[bytes]) -> Image.Image:
+    """`PIL.Image.open` for the formats of photos and masks alone, and of regular files alone.
+
+    Raises:
+        Exception: whatever Pillow's decoders raise on damaged files, each its own; a `DecompressionBombError` for more
+            than twice `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if isinstance(file, Path):
+        require_file(file)
+    return Image.open(file, formats=FORMATS)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a decoder says, in one line of sensible length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[Image.Image]:
     """An open picture; whatever goes wrong in the block while decoding it becomes a `SourceError`."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             yield picture
-    except SourceError:
+    except DataError:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(path) from None
-    except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # Pillow's decoders each raise their own on damaged files
         raise SourceError(
-            path, "undecodable", f"{what} cannot be decoded ({reason})", "fetch or save the file again"
+            path, "undecodable", f"{what} cannot be decoded ({reason_of(error)})", "fetch or save the file again"
         ) from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageOps
 
+from episodes.files import real_path, user_path
 from episodes.sources import split_lists
 from episodes.sources.decoding import opened, rgb
 from episodes.sources.errors import SourceError
@@ -63,7 +64,7 @@ class FolderSource:
     class_names: Mapping[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        root = find_root(Path(self.root).expanduser()).resolve()
+        root = real_path(find_root(user_path(self.root)))
         object.__setattr__(self, "root", root)
         object.__setattr__(self, "class_names", class_names_of(self._masks, self._names_file))
         for marks in self._marks.values():
@@ -171,7 +172,7 @@ class FolderSource:
                         yield error
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos, masks and marks of these ids, and the lists."""
+        """Hex digest of the relative paths and contents of the photos, masks and marks of these ids, and the lists."""
         files = [file for file in (self._names_file, self._labels_file) if file.exists()]
         for image_id in image_ids:
             files.append(self._photo(image_id))

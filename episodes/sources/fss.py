@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from episodes.files import real_path, user_path
 from episodes.sources.decoding import opened
 from episodes.sources.errors import SourceError
 from episodes.sources.fingerprints import fingerprint_files
@@ -52,11 +53,11 @@ class FssSource:
     _lists: tuple[Path, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = Path(self.root).expanduser()
-        root = _find_root(given).resolve()
+        given = user_path(self.root)
+        root = real_path(_find_root(given))
         object.__setattr__(self, "root", root)
         object.__setattr__(self, "class_names", dict(enumerate(_class_folders(root), start=1)))
-        homes = dict.fromkeys((root, given.resolve()))
+        homes = dict.fromkeys((root, real_path(given)))
         object.__setattr__(self, "_lists", tuple(home / folder for home in homes for folder in _LIST_FOLDERS))
 
     @property
@@ -146,7 +147,7 @@ class FssSource:
         return {self._class_of(image_id): mask} if mask.any() else {}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos and masks of these ids."""
+        """Hex digest of the relative paths and contents of the photos and masks of these ids."""
         names = (f"/{image_id}{suffix}" for image_id in image_ids for suffix in (".jpg", ".png"))
         return fingerprint_files((name, (f"{self.root}{name}",)) for name in names)
 

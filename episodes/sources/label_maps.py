@@ -35,6 +35,9 @@ def read_label_map(path: Path) -> UInt8Array:
                 f"mask has mode {picture.mode}, expected P or L with 8 bits",
                 "save it as mode L",
             )
+        if any(str(tile.args).startswith(("L;2", "L;4")) for tile in getattr(picture, "tile", ())):
+            # Pillow spreads these levels over 0..255: what was class 3 would be read as 255
+            raise SourceError(path, "undecodable", "mask is grey with fewer than 8 bits", "save it as mode L")
         return np.asarray(picture)
 
 

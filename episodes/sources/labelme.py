@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageOps
 
+from episodes.files import is_file, real_path
+from episodes.sources.annotation_files import check_room, shown
 from episodes.sources.decoding import PHOTO_SUFFIXES, missing_file, opened, rgb, upright_size
 from episodes.sources.errors import SourceError
 from episodes.sources.fingerprints import fingerprint_files
@@ -60,7 +61,7 @@ class LabelmeSource:
     root: Path
 
     def __post_init__(self) -> None:
-        root = Path(self.root).expanduser().resolve()
+        root = real_path(self.root)
         if not root.is_dir() or not _json_files(root):
             came = "it holds no *.json" if root.is_dir() else "there is none"
             raise DataError(
@@ -124,7 +125,7 @@ class LabelmeSource:
         labelled = read_labelme(self._file(image_id))  # whatever its labels and the other files are
         path = self._photo_file(labelled)
         if path is None:
-            return rgb(embedded_photo(labelled))
+            return embedded_photo(labelled)
         with opened(path, "photo") as picture:
             return rgb(ImageOps.exif_transpose(picture))
 
@@ -149,6 +150,7 @@ class LabelmeSource:
         labelled = self._labelled(image_id)
         size = labelled.size or self._photo_size(labelled)
         present = labelled.labels()
+        check_room(len(present), size, labelled.file)
         masks = (
             (key, self._draw(labelled, size, label)) for key, label in self.class_names.items() if label in present
         )
@@ -185,7 +187,7 @@ class LabelmeSource:
         return result
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (name, size, mtime) of the JSON files and photos of these ids, and of the classes' names."""
+        """Hex digest of the names and contents of the JSON files and photos of these ids, and of the classes' names."""
         files: list[tuple[str, list[str]]] = []
         for image_id in image_ids:
             labelled = self._labelled(image_id)
@@ -208,7 +210,7 @@ class LabelmeSource:
 
     def _file(self, image_id: str) -> Path:
         path = self.root / f"{image_id}.json"
-        if path.name != f"{image_id}.json" or not os.path.isfile(path):  # noqa: PTH113  never raises
+        if path.name != f"{image_id}.json" or not is_file(path):
             raise DataError(f"{self.root}: no image {image_id!r}; ids are the names of its JSON files without .json")
         return path
 
@@ -220,7 +222,7 @@ class LabelmeSource:
             raise SourceError(
                 path,
                 "unknown-label",
-                f"label {unknown[0]!r:.40} is not among the {len(self.class_names)} classes",
+                f"label {shown(unknown[0], 40)} is not among the {len(self.class_names)} classes",
                 f"add it to {_CLASSES_FILE} or rename it",
             )
         return labelled
@@ -230,7 +232,7 @@ class LabelmeSource:
         names = [labelled.photo_name] if labelled.photo_name else []
         names += [labelled.file.stem + suffix for plain in PHOTO_SUFFIXES for suffix in (plain, plain.upper())]
         for name in names:
-            if os.path.isfile(self.root / name):  # noqa: PTH113  never raises
+            if is_file(self.root / name):
                 return self.root / name
         if not labelled.embeds_photo:
             if labelled.photo_name is None:
@@ -246,7 +248,7 @@ class LabelmeSource:
     def _photo_size(self, labelled: LabelledPhoto) -> tuple[int, int]:
         path = self._photo_file(labelled)
         if path is None:
-            width, height = embedded_photo(labelled).size
+            height, width, _ = embedded_photo(labelled).shape
             return height, width
         with opened(path, "photo") as picture:
             return upright_size(picture)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +21,10 @@ from episodes.sources.annotation_files import (
     inner_name,
     kind_of,
     read_json_object,
+    shown,
     stated_size,
 )
-from episodes.sources.decoding import missing_file
+from episodes.sources.decoding import missing_file, open_picture, reason_of, rgb
 from episodes.sources.errors import SourceError
 from episodes.types import IGNORE, UInt8Array
 
@@ -118,11 +121,11 @@ def _shape(entry: object, number: int, path: Path) -> Shape:
         raise bad_annotation(path, f"{where} is {kind_of(entry)}, expected an object")
     label, kind = entry.get("label"), entry.get("shape_type") or "polygon"  # files before LabelMe 3.3 have no type
     if not isinstance(label, str) or not label:
-        raise bad_annotation(path, f"{where}: expected a label, found {label!r:.40}", "give every shape a label")
+        raise bad_annotation(path, f"{where}: expected a label, found {shown(label, 40)}", "give every shape a label")
     if kind not in _TYPES:
         raise bad_annotation(
             path,
-            f"{where} ({label!r:.40}) is of type {kind!r:.40}, expected {', '.join(_TYPES)}",
+            f"{where} ({shown(label, 40)}) is of type {shown(kind, 40)}, expected {', '.join(_TYPES)}",
             "draw it as one of those",
         )
     return Shape(number, label, kind, entry.get("points"), entry.get("mask"))
@@ -135,25 +138,28 @@ def _photo_name(name: object, path: Path) -> str | None:
         return None  # LabelMe itself writes '../photos/x.jpg': the photo beside the file or inside it may still do
 
 
-def embedded_photo(labelled: LabelledPhoto) -> Image.Image:
-    """The photo of ``imageData``, upright.
+def embedded_photo(labelled: LabelledPhoto) -> UInt8Array:
+    """The photo of ``imageData``, upright, uint8 (H, W, 3).
 
     Raises:
         SourceError: no picture.
     """
-    return ImageOps.exif_transpose(
-        _picture(read_json_object(labelled.file).get("imageData"), labelled.file, "imageData")
-    )
+    with _picture(read_json_object(labelled.file).get("imageData"), labelled.file, "imageData") as picture:
+        return rgb(ImageOps.exif_transpose(picture))
 
 
-def _picture(data: object, file: Path, where: str) -> Image.Image:
+@contextmanager
+def _picture(data: object, file: Path, where: str) -> Iterator[Image.Image]:
+    """A picture from its base64; whatever goes wrong in the block while decoding it becomes a `SourceError`."""
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(str(data), validate=False)))
-        picture.load()
+        if not isinstance(data, str):
+            raise ValueError(f"found {kind_of(data)}")
+        with open_picture(io.BytesIO(base64.b64decode(data, validate=False))) as picture:
+            yield picture
+    except SourceError:
+        raise
     except Exception as error:  # Pillow's decoders each raise their own on damaged data
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise bad_annotation(file, f"{where} is no picture in base64 ({reason:.80})") from None
-    return picture
+        raise bad_annotation(file, f"{where} is no picture in base64 ({reason_of(error):.80})") from None
 
 
 def draw_areas(shapes: list[Shape], size: tuple[int, int], file: Path) -> npt.NDArray[np.bool_]:
@@ -209,12 +215,12 @@ def _canvas(size: tuple[int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def _points(shape: Shape, size: tuple[int, int], file: Path) -> Points:
-    where = f"shape {shape.number} ({shape.label!r:.40})"
+    where = f"shape {shape.number} ({shown(shape.label, 40)})"
     points = coordinates(shape.points, size, file, where)
     fewest, most = _POINTS.get(shape.type, (2, 2))
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < fewest or (most is not None and len(points) > most):
         wanted = f"{fewest} points or more" if most is None else f"exactly {fewest} point{'s' * (fewest > 1)}"
-        raise bad_annotation(file, f"{where}: {shape.type} needs {wanted} [x, y], found {shape.points!r:.60}")
+        raise bad_annotation(file, f"{where}: {shape.type} needs {wanted} [x, y], found {shown(shape.points, 60)}")
     return points
 
 
@@ -229,9 +235,10 @@ def _disc(draw: ImageDraw.ImageDraw, centre: Points, radius: float) -> None:
 
 def _paste(union: npt.NDArray[np.bool_], shape: Shape, points: Points, file: Path) -> None:
     """Add a mask shape, a picture of its bounding box whose corners (inclusive) are its points, to `union` in place."""
-    where = f"shape {shape.number} ({shape.label!r:.40})"
+    where = f"shape {shape.number} ({shown(shape.label, 40)})"
     left, top, right, bottom = (int(value) for value in _corners(points))
-    picture = np.asarray(_picture(shape.mask, file, f"{where}: mask").convert("L")) > 0
+    with _picture(shape.mask, file, f"{where}: mask") as mask:
+        picture = np.asarray(mask.convert("L")) > 0
     if picture.shape != (bottom - top + 1, right - left + 1) or left < 0 or top < 0:
         raise bad_annotation(
             file,

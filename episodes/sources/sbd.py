@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
 
-from episodes.sources.decoding import missing_file
+from episodes.matlab_files import read_matlab
+from episodes.sources.decoding import missing_file, reason_of
 from episodes.sources.errors import SourceError
 from episodes.types import DataError, UInt8Array
+
+_MOST_BYTES = 200_000_000  # SBD's labels have half a megapixel: a few hundred kB
 
 
 def find_sbd(root: Path) -> Path:
@@ -38,22 +40,23 @@ def read_sbd_labels(path: Path) -> UInt8Array:
         SourceError: missing or damaged file, or a MATLAB file of another kind.
     """
     try:
-        with path.open("rb") as file:
-            content = loadmat(file, variable_names=["GTcls"])
+        content = read_matlab(path, most_bytes=_MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(path) from None
-    except Exception as error:  # SciPy's readers raise whatever damaged bytes lead them to
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (OSError, ValueError) as error:
         raise SourceError(
-            path, "undecodable", f"not a readable MATLAB file ({reason})", "unpack it from SBD's archive again"
+            path,
+            "undecodable",
+            f"not a readable MATLAB file ({reason_of(error)})",
+            "unpack it from SBD's archive again",
         ) from None
     return _segmentation(content, path)
 
 
 def _segmentation(content: dict[str, Any], path: Path) -> UInt8Array:
     try:
-        labels = np.asarray(content["GTcls"].reshape(-1)[0]["Segmentation"])
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+        labels = np.asarray(content["GTcls"]["Segmentation"][0])
+    except (KeyError, IndexError, ValueError, TypeError):
         labels = np.zeros(0, dtype=np.float64)
     whole = labels.ndim == 2 and labels.size > 0 and labels.dtype.kind in "uif"
     if not whole or labels.min() < 0 or labels.max() > 255 or (labels != np.floor(labels)).any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from episodes.files import read_text
 from episodes.sources.errors import SourceError
 
 ALL = "all"
@@ -28,7 +29,7 @@ def list_lines(path: Path) -> Iterator[tuple[int, str]]:
         SourceError: missing or not text.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(path, "missing", "no such list", "write it, one entry per line") from None
     except (OSError, UnicodeDecodeError) as error:

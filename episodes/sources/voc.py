@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from episodes.files import read_text, real_path, user_path
 from episodes.sources.decoding import opened
 from episodes.sources.errors import SourceError
 from episodes.sources.fingerprints import fingerprint_files
@@ -88,11 +89,11 @@ class VocSource:
     sbd: Path | None = None
 
     def __post_init__(self) -> None:
-        root = _find_root(Path(self.root).expanduser()).resolve()
+        root = real_path(_find_root(user_path(self.root)))
         object.__setattr__(self, "masks", _find_masks(root, self.masks))
         object.__setattr__(self, "root", root)
         if self.sbd is not None:
-            object.__setattr__(self, "sbd", find_sbd(Path(self.sbd).expanduser()).resolve())
+            object.__setattr__(self, "sbd", real_path(find_sbd(user_path(self.sbd))))
 
     @property
     def name(self) -> str:
@@ -181,7 +182,7 @@ class VocSource:
         return {class_id: one_class(labels, class_id) for class_id in _areas(labels, path)}
 
     def fingerprint(self, image_ids: Sequence[str]) -> str:
-        """Hex digest of (relative path, size, mtime) of the photos and masks of these ids."""
+        """Hex digest of the relative paths and contents of the photos and masks of these ids."""
         return fingerprint_files(
             file
             for image_id in image_ids
@@ -208,7 +209,7 @@ def _first(places: Sequence[str]) -> Path:
 
 def _read_list(path: Path, mend: str) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(path, "missing", "no such list", mend) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from episodes.files import is_file
 from episodes.types import DataError
 
 
@@ -22,17 +24,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: no such file, a damaged one, or one that holds something else.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no weight file at {path}: expected a .safetensors or PyTorch state-dict file")
     try:
+        _refuse_bomb(path)
         weights = load_state_dict(str(path), device="cpu", weights_only=True)
     except AttributeError as error:  # a list or a tensor has no items()
         raise DataError(f"{path} holds no state dict: expected a mapping of names to tensors") from error
     except Exception as error:  # each reader has its own exceptions; the user needs one line that names the file
+        if "weights_only" in str(error):  # its text goes on to say how to run it all the same
+            raise DataError(
+                f"cannot read weights from {path}: it holds code or objects beside tensors, and none of that is run; "
+                "save its state dict alone, or get the weights as .safetensors"
+            ) from error
         raise DataError(f"cannot read weights from {path}: {first_line(error)}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise DataError(f"{path} holds no state dict: expected a mapping of names to tensors")
     return weights
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raises ValueError for a PyTorch file, which is a zip, with compressed members: PyTorch itself stores them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed, which PyTorch's own files are not")
 
 
 def download_weights(name: str) -> dict[str, Tensor]:
@@ -83,7 +101,26 @@ def fit_weights(encoder: nn.Module, weights: Mapping[str, Tensor], *, name: str,
             f"{where} does not fit: {len(wrong)} of {len(own)} tensors are missing or of another shape, "
             f"first {', '.join(wrong[:3])}; expected the encoder's own state dict"
         )
-    return {key: bare[_bare(key)] for key in own}
+    chosen = {key: bare[_bare(key)] for key in own}
+    odd = [key for key, value in chosen.items() if not _is_plain(value, own[key])]
+    if odd:
+        raise DataError(
+            f"{where} does not fit: {len(odd)} of {len(own)} tensors are not finite numbers of the encoder's kind, "
+            f"first {', '.join(odd[:3])}; fetch the weights again"
+        )
+    return chosen
+
+
+def _is_plain(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is dense and finite, and floating where the encoder's is; precisions may differ."""
+    return (
+        value.layout == torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+        and value.is_floating_point() == own.is_floating_point()
+        and not value.is_complex()
+        and bool(value.isfinite().all())
+    )
 
 
 def _unfit(own: Mapping[str, Tensor], bare: Mapping[str, Tensor]) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from episodes.digests import default_cache as default_cache  # of every verb that caches
 from episodes.types import DataError
 from fewshot_seg.config.machinery import Config, setting
 
@@ -15,11 +15,6 @@ ProtocolName = Literal["hsnet", "pfenet", "bam", "repri", "custom"]
 SupportName = Literal["mask", "box", "scribble", "point", "label"]
 ShotRuleName = Literal["pooled", "vote", "mean", "reweighted", "protocol"]
 AugmentName = Literal["none", "flip", "standard", "pfenet", "colour", "strong"]
-
-
-def default_cache() -> Path:
-    """``$FEWSHOT_SEG_CACHE``, else ``~/.cache/fewshot-seg``."""
-    return Path(os.environ.get("FEWSHOT_SEG_CACHE") or "~/.cache/fewshot-seg").expanduser()
 
 
 _ROOTS = {
@@ -92,6 +87,8 @@ class VerifyConfig(DataSettings):
 class PrepareConfig(Config):
     """``fewshot-seg data prepare``."""
 
+    fills: ClassVar[str | None] = "target"
+
     data_set: Literal["voc", "coco", "fss"] = setting("which data set", positional=True)
     target: Path = setting("folder that the data set goes to")
     archives: Path | None = setting("folder of archives that are on disk already (default: they are fetched)", None)
@@ -115,6 +112,8 @@ class EpisodesConfig(DataSettings, CacheSettings):
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig(DataSettings, CacheSettings):
     """``fewshot-seg data show``."""
+
+    fills: ClassVar[str | None] = "out"
 
     fold: int = setting("test fold", 0, minimum=0, maximum=3)
     part: Literal["training", "evaluation"] = setting("which episodes", "training")

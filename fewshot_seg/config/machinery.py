@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import tomllib
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from episodes.files import read_text, user_path
 from episodes.types import DataError
 
 _NONE_TYPE = type(None)
@@ -70,6 +73,8 @@ class Setting:
         if value is None:
             return
         for one in value if self.many else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise DataError(f"{self.flag} must be a finite number, got {one}")
             if self.choices and one not in self.choices:
                 raise DataError(f"{self.flag} must be one of {', '.join(self.choices)}; got {one!r}")
             if self.minimum is not None and not one >= self.minimum:
@@ -119,6 +124,15 @@ class Config:
         DataError: a value outside its choices or bounds.
     """
 
+    fills: ClassVar[str | None] = None
+    """The setting that names the folder which the verb fills, and which is of one run at a time."""
+
+    @property
+    def filled(self) -> Path | None:
+        """The folder that the verb fills; None where it writes single files, or none."""
+        folder: Path | None = None if self.fills is None else getattr(self, self.fills)
+        return folder
+
     def __post_init__(self) -> None:
         for one in settings_of(type(self)):
             one.check(getattr(self, one.name))
@@ -167,10 +181,10 @@ def resolve(config_class: type[ConfigType], flags: Mapping[str, Any], file: Path
 
 def _read_file(settings: Mapping[str, Setting], file: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(file))
     except OSError as error:
         raise DataError(f"cannot read configuration file {file}: {error.strerror}; check --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no TOML, a number of thousands of digits, deep nesting
         raise DataError(f"configuration file {file} is not valid TOML: {error}") from error
     values = {}
     for key, value in content.items():
@@ -187,16 +201,19 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
     if not setting.many:
         return _convert_one(setting.kind, value, where)
     if not isinstance(value, list):
-        raise DataError(f"{where} must be a list, got {value!r}")
+        raise DataError(f"{where} must be a list, got {reprlib.repr(value)}")
     return tuple(_convert_one(setting.kind, one, where) for one in value)
 
 
 def _convert_one(kind: type, value: Any, where: str) -> Any:
     if kind is Path and isinstance(value, str):
-        return Path(value).expanduser()
+        return user_path(value)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise DataError(f"{where} is a larger number than any of use: {str(value)[:20]}...") from None
     if type(value) is not kind:  # exact: True is no integer here
         expected = "str" if kind is Path else kind.__name__
-        raise DataError(f"{where} must be of type {expected}, got {value!r} ({type(value).__name__})")
+        raise DataError(f"{where} must be of type {expected}, got {reprlib.repr(value)} ({type(value).__name__})")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from episodes.types import DataError
 from fewshot_seg.config.data import CacheSettings, DataSettings
@@ -54,6 +54,8 @@ class SimilaritySettings(CacheSettings, DeviceSettings):
 @dataclass(frozen=True, kw_only=True)
 class SimilarityTrainConfig(SimilaritySettings):
     """``fewshot-seg similarity train``."""
+
+    fills: ClassVar[str | None] = "out"
 
     out: Path = setting("folder of the run", Path("runs/similarity"))
     fold: int = setting("episodes: test fold; its classes are never trained on", 0, minimum=0, maximum=3)
@@ -151,6 +153,8 @@ class SimilarityModelSettings(SimilaritySettings):
 class SimilarityEvaluateConfig(SimilarityModelSettings):
     """``fewshot-seg similarity evaluate``."""
 
+    fills: ClassVar[str | None] = "out"
+
     out: Path = setting("folder of evaluation.json", Path("runs/similarity-evaluate"))
     ks: tuple[int, ...] = setting("retrieval: k of recall@k", (1, 2, 4, 8), minimum=1)
     ranks: tuple[int, ...] = setting("re-identification: ranks of the CMC", (1, 5, 10), minimum=1)
@@ -163,6 +167,8 @@ class SimilarityEvaluateConfig(SimilarityModelSettings):
 @dataclass(frozen=True, kw_only=True)
 class SimilarityExplainConfig(SimilarityModelSettings):
     """``fewshot-seg similarity explain``."""
+
+    fills: ClassVar[str | None] = "out"
 
     data: SimilarityDataName = setting("photos with labels to draw comparisons from", "folders")
     images: tuple[Path, ...] | None = setting(

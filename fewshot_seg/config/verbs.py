@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 from episodes.types import DataError
 from fewshot_seg.config.data import CacheSettings, DataSettings, ShotRuleName, SupportName
@@ -83,6 +83,8 @@ class ModelSettings(SpeedSettings):
 class DemoConfig(DeviceSettings):
     """``fewshot-seg demo``."""
 
+    fills: ClassVar[str | None] = "out"
+
     out: Path = setting("folder of report.html and its run", Path("runs/demo"))
     seed: int = setting("seed of pictures, weights and episodes", 0, minimum=0)
     steps: int = setting("training steps", 100, minimum=1)
@@ -99,6 +101,8 @@ class DemoConfig(DeviceSettings):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
     """``fewshot-seg train``."""
+
+    fills: ClassVar[str | None] = "out"
 
     out: Path = setting("folder of the run", Path("runs/train"))
     fold: int = setting("test fold; its classes are never trained on", 0, minimum=0, maximum=3)
@@ -201,6 +205,8 @@ class EpisodeSettings(ModelSettings, DataSettings, CacheSettings):
 class EvaluateConfig(EpisodeSettings):
     """``fewshot-seg evaluate``."""
 
+    fills: ClassVar[str | None] = "out"
+
     out: Path = setting("folder of report.html and evaluation.json", Path("runs/evaluate"))
     episodes: Path | None = setting(
         "file of `data episodes`: exactly these episodes, instead of drawing them (then fold, shots, ways are its own)",
@@ -250,6 +256,8 @@ class ReportConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(ModelSettings, DataSettings, CacheSettings):
     """``fewshot-seg explain``."""
+
+    fills: ClassVar[str | None] = "out"
 
     fold: int | None = setting("test fold (default: the model's, else 0)", None, minimum=0, maximum=3)
     shots: int = setting("supports per episode", 1, minimum=1)
@@ -305,6 +313,8 @@ class ExplainConfig(ModelSettings, DataSettings, CacheSettings):
 class ExportConfig(ModelSettings):
     """``fewshot-seg export``."""
 
+    fills: ClassVar[str | None] = "out"
+
     out: Path = setting("new or empty folder for support.onnx, query.onnx and metadata.json", Path("runs/export"))
     size: int | None = setting(
         "side of the square that photos are fitted into, written to metadata.json (default: the model's)",
@@ -329,6 +339,8 @@ class AppConfig(ModelSettings):
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(ModelSettings):
     """``fewshot-seg predict``."""
+
+    fills: ClassVar[str | None] = "out"
 
     support: tuple[str, ...] | None = setting(
         "PHOTO:MASK pairs that show the object (nonzero is object, and 255 is ignored where it comes with other "
@@ -358,6 +370,11 @@ class PredictConfig(ModelSettings):
         minimum=64,
     )
     flip: bool = setting("segment the mirrored photo, too, and take the mean: twice the time", False)
+
+    @property
+    def filled(self) -> Path | None:
+        """Nothing where supports are saved, and no photo is segmented."""
+        return None if self.save_support is not None and self.query is None else super().filled
 
     def __post_init__(self) -> None:
         super().__post_init__()

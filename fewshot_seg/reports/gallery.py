@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from episodes.progress import tqdm
 from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, EpisodeSpec, MaskSource, SupportKind, UInt8Array
 from fewshot_seg.explanation import ExplainedEpisode, episode_panels, explain_episode

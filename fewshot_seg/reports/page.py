@@ -18,6 +18,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from episodes.files import read_bytes
+from episodes.sources.decoding import open_picture, reason_of
 from episodes.types import DataError
 from fewshot_seg.reports.comparison import Difference, differing_settings, paired_difference, run_names
 from fewshot_seg.reports.diagnosis import ClassDiagnosis, diagnose, episode_fault
@@ -112,7 +114,7 @@ def write_report(path: Path, runs: Sequence[ReportedRun], *, picture_bytes: int 
         compared=_compared(runs, views) if len(views) > 1 else None,
     )
     with atomic_path(path) as temporary:
-        temporary.write_text(page.lstrip(), encoding="utf-8")
+        temporary.write_text(page.lstrip(), encoding="utf-8", errors="backslashreplace")
 
 
 def _title(views: Sequence[_RunView]) -> str:
@@ -177,12 +179,12 @@ def _embedded(run: ReportedRun, picture_bytes: int) -> dict[int, tuple[_Picture,
 
 def _picture(path: Path, label: str) -> _Picture:
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
+        data = read_bytes(path)
+        with open_picture(io.BytesIO(data)) as picture:
             kind, (width, height) = Image.MIME[str(picture.format)], picture.size
-    except (OSError, KeyError) as error:
+    except Exception as error:  # Pillow's decoders each raise their own on damaged files
         raise DataError(
-            f"{path} is no picture that can be read ({error}); evaluate again, or delete {path.parent}"
+            f"{path} is no picture that can be read ({reason_of(error)}); evaluate again, or delete {path.parent}"
         ) from error
     uri = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return _Picture(uri=uri, label=label, width=width, height=height)

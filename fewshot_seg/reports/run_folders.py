@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from fewshot_seg.findings import Finding
 from fewshot_seg.reports.gallery import GALLERY, GALLERY_INDEX
 from fewshot_seg.runs import EVALUATION_NAME, RUN_NAME, episodes_title
 from fewshot_seg.runtime import read_json
+
+_MOST = 1e9  # of any score or number
+_MOST_PIXELS = 10**12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,7 @@ def read_run(folder: Path) -> ReportedRun:
     try:
         episodes = results.pop("episodes")
         names = {int(class_id): str(name) for class_id, name in results.pop("class_names").items()}
+        _check_pair(folder, record, results)
         panels, drawn = _read_gallery(folder, str(results["episodes_fingerprint"]))
         run = ReportedRun(
             folder=folder,
@@ -106,12 +109,22 @@ def read_run(folder: Path) -> ReportedRun:
             class_names=names,
         )
         _check(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError) as error:
         raise DataError(
             f"{folder} is no run that can be reported ({type(error).__name__}: {error}); it may be of an earlier "
             "version or of `similarity evaluate`: evaluate again"
         ) from error
     return run
+
+
+def _check_pair(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Raises DataError where the two files are of different runs: one was killed between them."""
+    beside = record["results"]
+    if any(beside[name] != results[name] for name in ("episodes_fingerprint", "method", "threshold", "miou")):
+        raise DataError(
+            f"{folder}: {RUN_NAME} and {EVALUATION_NAME} are of different runs, the later of which was interrupted; "
+            "evaluate again"
+        )
 
 
 def _episode(number: int, stored: Mapping[str, Any], names: Mapping[int, str], panels: Any) -> ReportedEpisode:
@@ -131,20 +144,53 @@ def _episode(number: int, stored: Mapping[str, Any], names: Mapping[int, str], p
 
 
 def _check(run: ReportedRun) -> None:
-    """Raises KeyError, TypeError or ValueError where a page would need something that is not there."""
+    """Raises KeyError, TypeError or ValueError where a page would need what is not there, or is something else."""
+    results, record = run.results, run.record
     for name in ("miou", "fb_iou"):
         # a bootstrap of few episodes of many classes can leave the value outside its interval
-        value, low, high = map(float, run.results[name])
-        if not all(map(math.isfinite, (value, low, high))):
-            raise ValueError(f"{name} is {value} with an interval of {low} to {high}")
+        value, low, high = results[name]
+        if not all(map(_is_number, (value, low, high))):
+            raise ValueError(f"{name} is {value!r:.40} with an interval of {low!r:.40} to {high!r:.40}")
     if not run.episodes:
         raise ValueError("no episodes")
-    for name in ("benchmark", "shots", "method", "threshold", "per_class"):
-        if run.results[name] is None:
+    for name in ("benchmark", "method"):
+        if results[name] is None:
             raise ValueError(f"{name} is missing")
+    for name, value in (("shots", results["shots"]), ("ways", results.get("ways", 1))):
+        if type(value) is not int or not 1 <= value <= _MOST:
+            raise ValueError(f"{name} is {value!r:.40}")
+    for name, value in (("threshold", results["threshold"]), ("seconds", results.get("seconds") or 0)):
+        if not _is_number(value):
+            raise ValueError(f"{name} is {value!r:.40}")
+    if not all(map(_is_number, results.get("repeats") or ())):
+        raise ValueError("repeats are no numbers")
+    for name in ("left_out", "known_by_name"):
+        if not isinstance(results.get(name) or [], list):
+            raise TypeError(f"{name} is no list")
     for name in ("configuration", "environment", "data", "protocol"):
-        dict(run.record[name])
-    dict(run.results["per_class"])
+        if not isinstance(record[name], dict):
+            raise TypeError(f"{name} is no object")
+    for holder, name in ((record["environment"], "versions"), (record["data"], "fingerprint")):
+        if not isinstance(holder.get(name) or {}, dict):
+            raise TypeError(f"{name} is no object")
+    if not all(_is_number(results["per_class"][episode.class_name]) for episode in run.episodes):
+        raise ValueError("per_class holds other things than numbers")
+    for episode in run.episodes:
+        _check_episode(episode)
+
+
+def _check_episode(episode: ReportedEpisode) -> None:
+    one = episode.finding
+    counts = () if one is None else (one.scored, one.target, one.found, one.both, *one.on_others.values())
+    more = () if one is None or one.on_any_other is None else (one.on_any_other,)
+    if not all(type(count) is int and 0 <= count <= _MOST_PIXELS for count in (*counts, *more)):
+        raise ValueError(f"episode {episode.number}: counts of pixels are none")
+    if not _is_number(episode.iou) or not (one is None or one.best_iou is None or _is_number(one.best_iou)):
+        raise ValueError(f"episode {episode.number}: IoU is no number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
 
 
 def _read_gallery(folder: Path, fingerprint: str) -> tuple[dict[int, list[StoredPanel]], list[int]]:

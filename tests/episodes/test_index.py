@@ -175,7 +175,7 @@ def test_failed_write_leaves_nothing(counting: CountingSource, tmp_path: Path, m
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("episodes.index.json.dump", fail)
+    monkeypatch.setattr("episodes.index.json.dumps", fail)
     with pytest.raises(KeyboardInterrupt):
         build_index(counting, "train", cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

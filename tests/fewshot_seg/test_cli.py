@@ -6,10 +6,11 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import fewshot_seg
 import fewshot_seg.training
 from episodes.sources import SyntheticSource
 from episodes.types import DataError
+from fewshot_seg import cli
 from fewshot_seg.cli import main
 from fewshot_seg.config import (
     Config,
@@ -568,3 +571,33 @@ def test_version_and_module(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         runpy.run_module("fewshot_seg", run_name="__main__")
     assert stopped.value.code == 0
     assert capsys.readouterr().out == version
+
+
+class TestStart:
+    """The libraries of the backbones take seconds to import: what needs none of them must not wait for them."""
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["train", "--fold", "9"], ["--version"]])
+    def test_help_and_refusals_load_no_torch(self, arguments: list[str]) -> None:
+        program = (
+            "import sys; from fewshot_seg.cli import main\n"
+            f"try: code = main({arguments!r})\n"
+            "except SystemExit as end: code = end.code\n"
+            "print('loaded', sorted({'torch', 'timm', 'torchvision', 'cv2', 'scipy'} & set(sys.modules)), code)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"loaded [] {2 if '9' in arguments else 0}"
+
+    def test_every_verb_has_its_function(self) -> None:
+        verbs = {**cli._VERBS, **{f"{g} {v}": verb for g, (_, vs) in cli._GROUPS.items() for v, verb in vs.items()}}
+        for config_class, command, _ in verbs.values():
+            function = cli._load(command)
+            (hint,) = (h for name, h in get_type_hints(function).items() if name != "return")
+            assert hint is config_class
+
+    def test_every_public_name_is_found_in_its_module(self) -> None:
+        assert sorted(fewshot_seg._MODULES) == fewshot_seg.__all__
+        for name in fewshot_seg.__all__:
+            assert getattr(fewshot_seg, name).__module__.startswith(fewshot_seg._MODULES[name])
+        assert set(fewshot_seg.__all__) <= set(dir(fewshot_seg))
+        with pytest.raises(AttributeError, match="no attribute 'segmenters'"):
+            fewshot_seg.segmenters  # noqa: B018

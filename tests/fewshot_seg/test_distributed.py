@@ -40,10 +40,7 @@ from fewshot_seg.checkpoint import read_tensors, trained_tensors
 from fewshot_seg.cli import main
 from fewshot_seg.decoder import MapDropout, PriorReadout
 from fewshot_seg.distributed import (
-    LostRankError,
-    Ranks,
     Rows,
-    TerminatedError,
     barrier,
     current_ranks,
     dealt,
@@ -63,6 +60,7 @@ from fewshot_seg.features import FeatureStore, MaskStore
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.n_way import evaluate_n_way
 from fewshot_seg.optimisation import CHECKPOINT_NAME
+from fewshot_seg.ranks import LostRankError, Ranks, TerminatedError
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 
 STEPS, BATCH = 6, 4
@@ -536,7 +534,8 @@ def test_sigterm_raises_once_and_only_inside(monkeypatch: pytest.MonkeyPatch) ->
 
 _SCRIPT = """
 import os, signal, sys, time
-from fewshot_seg.distributed import LostRankError, TerminatedError, barrier, process_group, share_of
+from fewshot_seg.distributed import barrier, process_group, share_of
+from fewshot_seg.ranks import LostRankError, TerminatedError
 
 try:
     with process_group("cpu") as ranks:

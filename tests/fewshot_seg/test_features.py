@@ -20,7 +20,6 @@ from episodes.augment import EpisodeTransform, fitted_size
 from episodes.protocols import Fit
 from episodes.sources import JointSource, SyntheticSource, VocSource
 from episodes.types import IGNORE, OUTSIDE, SUPPORT_KINDS, DataError, SupportKind, UInt8Array
-from fewshot_seg import features
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.features import FeatureStore, MaskStore, content_name
 
@@ -378,17 +377,17 @@ class TestFiles:
     def test_an_interrupted_ensure_leaves_whole_files_and_is_repeated(
         self, backbone: CountingBackbone, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        written = 0
+        written, write = 0, Path.write_bytes
 
-        def interrupted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        def interrupted(path: Path, content: bytes) -> int:
             nonlocal written
             written += 1
-            save_file(tensors, path, metadata)
             if written == 4:
-                os.truncate(path, 50)
+                write(path, content[:50])
                 raise KeyboardInterrupt
+            return write(path, content)
 
-        monkeypatch.setattr(features, "save_file", interrupted)
+        monkeypatch.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             FeatureStore(backbone, SOURCE, size=SIZE, directory=directory).ensure(IDS)
         monkeypatch.undo()

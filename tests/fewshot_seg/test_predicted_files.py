@@ -134,12 +134,12 @@ class TestPredictFolder:
     def test_a_full_disk_is_one_clear_line(
         self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         Image.fromarray(photo(1)[0]).save(tmp_path / "a.png")
-        monkeypatch.setattr(predicted_files, "write_picture", full)
-        with pytest.raises(DataError, match=r"cannot write the prediction of .*a\.png to .*out: No space.*make room"):
+        monkeypatch.setattr(Image.Image, "save", full)
+        with pytest.raises(DataError, match=r"cannot write .*out/masks/a\.png: No space left on device; make room"):
             predict_folder(predictor, [tmp_path / "a.png"], tmp_path / "out")
 
     def test_interrupted_leaves_whole_files_only(

@@ -324,4 +324,4 @@ def _fetch_nothing(blocks: gr.Blocks) -> None:
         return moved
 
     for block in blocks.blocks.values():
-        block.async_move_resource_to_block_cache = of_files(block.async_move_resource_to_block_cache)  # type: ignore[method-assign]
+        block.async_move_resource_to_block_cache = of_files(block.async_move_resource_to_block_cache)  # type: ignore[method-assign, assignment]

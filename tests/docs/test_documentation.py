@@ -164,14 +164,16 @@ class Reader:
         known, small = {one.flag for one in settings_of(type(config))}, shlex.split(SMALL.get(verb, ""))
         if verb == "evaluate" and "--episodes" not in arguments:
             small += ["--count", "4"]
-        if verb == "similarity evaluate" and "--data" in arguments and getattr(config, "episodic", False):
-            small += ["--episodes", "4"]
+        if verb == "similarity evaluate":
+            small += ["--episodes", "4"] if getattr(config, "episodic", False) else []
+            small += ["--faithfulness", "1"] if "--faithfulness" in arguments else []
         assert {word for word in small if word.startswith("--")} <= known
         if "--resume" in arguments:
             small += ["--resume"]
         self.provide(verb, config)
         code = main([*arguments, *small])
-        assert code == 0, f"exit code {code} of fewshot-seg {shlex.join(arguments)}"
+        found_problems = verb == "data verify" and code == 1  # some classes show up in no stand-in
+        assert code == 0 or found_problems, f"exit code {code} of fewshot-seg {shlex.join(arguments)}"
         out = getattr(config, "out", None)
         if out is not None and not getattr(config, "save_support", None):
             assert Path(out).stat().st_size if Path(out).is_file() else any(Path(out).iterdir())

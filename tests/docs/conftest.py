@@ -1,4 +1,4 @@
-"""Small stand-ins for the data, photos and runs that the documentation names, and the cost of its commands made small."""
+"""Small stand-ins for the data and photos that the documentation names."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def write_own(root: Path) -> None:
             save(photo, root / "my_pictures" / "images" / f"{name}{k}.jpg")
             save(white, root / "my_pictures" / "masks" / name / f"{name}{k}.png")
             save(photo, root / "my_labelme" / f"{name}{k}.jpg")
-            (root / "my_labelme" / f"{name}{k}.json").write_text(json.dumps(labelme_sheet(f"{name}{k}.jpg", name, mask)))
+            (root / "my_labelme" / f"{name}{k}.json").write_text(
+                json.dumps(labelme_sheet(f"{name}{k}.jpg", name, mask))
+            )
             save(photo, root / "fewshot_data" / name / f"{k + 1}.jpg")
             save(white, root / "fewshot_data" / name / f"{k + 1}.png")
     for split, name in (("trn", "cat"), ("val", "dog"), ("test", "zebra")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import doctest
+import itertools
 import re
 import runpy
 import shlex
@@ -150,7 +151,7 @@ class Reader:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         for extra in re.findall(r"fewshot-seg\[(.+?)\]", " ".join(words)):
             assert set(extra.split(",")) <= set(project["project"]["optional-dependencies"])
-        for flag, group in zip(words, words[1:], strict=False):
+        for flag, group in itertools.pairwise(words):
             assert flag != "--group" or group in project["dependency-groups"]
 
     def run_script(self, words: tuple[str, ...]) -> None:
@@ -164,14 +165,16 @@ class Reader:
         known, small = {one.flag for one in settings_of(type(config))}, shlex.split(SMALL.get(verb, ""))
         if verb == "evaluate" and "--episodes" not in arguments:
             small += ["--count", "4"]
-        if verb == "similarity evaluate" and "--data" in arguments and getattr(config, "episodic", False):
-            small += ["--episodes", "4"]
+        if verb == "similarity evaluate":
+            small += ["--episodes", "4"] if getattr(config, "episodic", False) else []
+            small += ["--faithfulness", "1"] if "--faithfulness" in arguments else []
         assert {word for word in small if word.startswith("--")} <= known
         if "--resume" in arguments:
             small += ["--resume"]
         self.provide(verb, config)
         code = main([*arguments, *small])
-        assert code == 0, f"exit code {code} of fewshot-seg {shlex.join(arguments)}"
+        found_problems = verb == "data verify" and code == 1  # some classes show up in no stand-in
+        assert code == 0 or found_problems, f"exit code {code} of fewshot-seg {shlex.join(arguments)}"
         out = getattr(config, "out", None)
         if out is not None and not getattr(config, "save_support", None):
             assert Path(out).stat().st_size if Path(out).is_file() else any(Path(out).iterdir())
@@ -276,55 +279,21 @@ def test_counts_stand_in_the_documentation(documented: ModuleType) -> None:
         assert f"{number:4d} {name}\n" in page, f"run scripts/documented_commands.py --counts: {number} {name}"
 
 
-class TestRefused:
-    """What nobody has thought of does not pass."""
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ("```\nls\n```", "language ''"),
-            ("```sh\nls\n```", "language 'sh'"),
-            ("text\n\n    fewshot-seg train\n", "an indented block has no language"),
-            ("```bash\nmake all\n```", "make"),
-            ("```bash\nfor fold in 0 1; do\n```", "syntax error"),
-            ("```bash\npython other.py\n```", "no check is known for: python other.py"),
-            ("```bash\nruff format .\n```", "no check is known for: ruff format ."),
-            ("```bash\nuv publish\n```", "no check is known for: uv publish"),
-        ],
-    )
-    def test_unknown(self, documented: ModuleType, tmp_path: Path, content: str, message: str) -> None:
-        page = tmp_path / "page.md"
-        page.write_text(content)
-        with pytest.raises(documented.UndocumentedError, match=re.escape(message)):
-            for block in documented.read_blocks(page):
-                for words in documented.commands_of(block):
-                    documented.check_of(words)
-
-    @pytest.mark.parametrize(
-        "command",
-        [
-            "fewshot-seg segment",
-            "fewshot-seg predict --suport a.jpg:b.png --query photos/",
-            "fewshot-seg train --data voc",
-            "fewshot-seg evaluate --data folder --root my_pictures --shots no",
-            "fewshot-seg evaluate --data folder --root no_such_folder",
-            "python scripts/reproduce_priors.py --no-such-flag",
-            "python scripts/no_such_script.py",
-            "torchrun --no-such-flag -m fewshot_seg train",
-            "pip install 'fewshot-seg[gpu]'",
-        ],
-    )
-    def test_wrong_arguments(self, documented: ModuleType, reader: Reader, command: str) -> None:
-        block = documented.Block(page="page.md", line=1, language="bash", text=command)
-        with pytest.raises((Exception, SystemExit)):
-            reader.read(block)
-
-    def test_loops_and_variables_are_expanded(self, documented: ModuleType) -> None:
-        text = 'DATA="--data voc"\nfor fold in 0 1; do\n  fewshot-seg train $DATA \\\n    --fold $fold  # a comment\ndone\n'
-        block = documented.Block(page="page.md", line=1, language="bash", text=text)
-        expected = [("fewshot-seg", "train", "--data", "voc", "--fold", fold) for fold in ("0", "1")]
-        assert documented.commands_of(block) == expected
-
-    def test_only_what_follows_the_prompt_is_typed(self, documented: ModuleType) -> None:
-        block = documented.Block(page="p.md", line=1, language="console", text="$ fewshot-seg weights list\ngeneral\n")
-        assert documented.commands_of(block) == [("fewshot-seg", "weights", "list")]
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fewshot-seg segment",
+        "fewshot-seg predict --suport a.jpg:b.png --query photos/",
+        "fewshot-seg train --data voc",
+        "fewshot-seg evaluate --data folder --root my_pictures --shots no",
+        "fewshot-seg evaluate --data folder --root no_such_folder",
+        "python scripts/reproduce_priors.py --no-such-flag",
+        "python scripts/no_such_script.py",
+        "torchrun --no-such-flag -m fewshot_seg train",
+        "pip install 'fewshot-seg[gpu]'",
+    ],
+)
+def test_wrong_arguments_are_refused(documented: ModuleType, reader: Reader, command: str) -> None:
+    block = documented.Block(page="page.md", line=1, language="bash", text=command)
+    with pytest.raises((Exception, SystemExit)):
+        reader.read(block)

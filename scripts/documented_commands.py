@@ -170,6 +170,8 @@ def check_of(words: Sequence[str]) -> Check:
     if program == "python" and arguments[:1] and arguments[0].startswith("scripts/"):
         if arguments[0] in EXECUTED_SCRIPTS:
             return Check(way="executed")
+        if _takes_nothing(arguments[0]) and arguments[1:] == []:
+            return Check(way="only looked at", reason="the script is there, and takes no arguments")
         if arguments[0] == "scripts/onnx_example.py":
             return Check(way="arguments parsed", reason="tests/fewshot_seg/test_export.py runs it")
         return Check(way="arguments parsed", reason="measures or draws for minutes to hours, on real data")
@@ -183,6 +185,12 @@ def check_of(words: Sequence[str]) -> Check:
     if program in ("pip", "uv") and arguments[:1] in (["install"], ["sync"], ["lock"], ["export"]):
         return Check(way="only looked at", reason="installs packages; the extras and groups that it names exist")
     raise UndocumentedError(f"no check is known for: {shlex.join(words)}; see scripts/documented_commands.py")
+
+
+def _takes_nothing(script: str) -> bool:
+    """Whether a script has no parser, neither of its own nor by `fold_benchmark`."""
+    path = ROOT / script
+    return path.is_file() and not any(word in path.read_text() for word in ("argparse", "fold_benchmark"))
 
 
 def _check_of_verb(arguments: Sequence[str]) -> Check:

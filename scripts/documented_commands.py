@@ -121,7 +121,7 @@ def commands_of(block: Block) -> list[tuple[str, ...]]:
         UndocumentedError: bash does not understand the block, or a program is none of those known.
     """
     if block.language == "inline":
-        return [tuple(shlex.split(block.text))]
+        return [tuple(shlex.split(block.text.split(" > ")[0]))]
     lines = block.text.splitlines()
     if block.language == "console":  # only what follows the prompt is typed
         lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
@@ -180,7 +180,7 @@ def check_of(words: Sequence[str]) -> Check:
             return Check(way="run by CI", reason="the same line is in .ci/run")
         if program == "pytest":
             return Check(way="arguments parsed", reason="it would start the tests within a test")
-    if program in ("pip", "uv") and arguments[:1] in (["install"], ["sync"], ["lock"]):
+    if program in ("pip", "uv") and arguments[:1] in (["install"], ["sync"], ["lock"], ["export"]):
         return Check(way="only looked at", reason="installs packages; the extras and groups that it names exist")
     raise UndocumentedError(f"no check is known for: {shlex.join(words)}; see scripts/documented_commands.py")
 

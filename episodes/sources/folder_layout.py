@@ -18,7 +18,7 @@ BACKGROUND_MARK = 254
 """Value of an index picture that marks background in scribbles and points; no class may have it."""
 
 Form = Literal["index", "classes", "object"]
-_NUMBERED = re.compile(r"(\d+)[\s:,;]+(\S.*)")
+_NUMBERED = re.compile(r"(\d{1,18})[\s:,;]+(\S.*)")
 _BACKGROUND_NAMES = frozenset({"background", "_background_", "__background__"})
 
 

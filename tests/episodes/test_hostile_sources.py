@@ -130,6 +130,11 @@ class TestPictures:
         refused(lambda: read_label_map(tmp_path / "m.png"), tmp_path / "m.png", "fewer than 8 bits")
 
 
+def test_a_class_number_of_thousands_of_digits(own: Path) -> None:
+    (own / "classes.txt").write_text(f"1 cat\n{'9' * 5000} dog\n")
+    refused(lambda: FolderSource(own), own / "classes.txt", "line 2 has no number")
+
+
 class TestPlaces:
     @pytest.mark.parametrize("name", ["with space", "über", "a\nb", os.fsdecode(b"\xff")])
     def test_odd_names_are_names(self, own: Path, name: str) -> None:

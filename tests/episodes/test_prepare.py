@@ -289,6 +289,24 @@ def test_a_killed_run_is_repeated(tmp_path: Path, shelf: Path) -> None:
     assert files_below(tmp_path / "data") == {*VOC, *SBD, "prepared.json"}
 
 
+def test_a_run_killed_before_it_cleared_up_leaves_nothing(tmp_path: Path, shelf: Path) -> None:
+    target = tmp_path / "data"
+    left = {".VOCtrainval_11-May-2012.tar.unpacking/half", "downloads/VOCtrainval_11-May-2012.tar"}
+    prepare("voc", target, archives=shelf)
+    record = json.loads((target / "prepared.json").read_text())
+    record["archives"]["VOCtrainval_11-May-2012.tar"]["fetched"] = True
+    (target / "prepared.json").write_text(json.dumps(record))
+    for name in left:
+        (target / name).parent.mkdir()
+        (target / name).write_text("half")
+    assert not prepare("voc", target, archives=shelf).changed
+    assert files_below(target) == {*VOC, *SBD, "prepared.json"}
+    (target / "downloads").mkdir()
+    (target / "downloads" / "benchmark.tgz").write_text("kept by its owner")
+    prepare("voc", target, archives=shelf)
+    assert (target / "downloads" / "benchmark.tgz").exists()
+
+
 def test_an_interruption_while_renaming_is_repeated(
     tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,7 @@ class TestResolve:
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"fold": 4}, "--fold must be at most 3, got 4"),
         ({"fold": -1}, "--fold must be at least 0, got -1"),
-        ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, got nan"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, got nan"),
         ({"prior": "magic"}, "--prior must be one of similarity, pfenet, none; got 'magic'"),
         ({"prior": "none"}, "--prior none leaves the decoder nothing to read; add --appearance 16"),
         ({"decoder_width": 12}, "--decoder-width must be a multiple of 8, got 12"),

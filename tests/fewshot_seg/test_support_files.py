@@ -130,7 +130,7 @@ class TestRefused:
 
     def test_another_backbone(self, path: Path) -> None:
         other = build_segmenter(build_backbone("mobilenetv3_small_050", strides=(8, 16), weights="random"))
-        with pytest.raises(DataError, match=r"other weights or strides of a backbone \(mobilenetv3_small_050\)"):
+        with pytest.raises(DataError, match=r"other weights or strides of a backbone \('mobilenetv3_small_050'\)"):
             load_support(path, other, resolution=SIZE, fit="squash")
 
     @pytest.mark.parametrize(("resolution", "fit"), [(96, "squash"), (64, "pad")])

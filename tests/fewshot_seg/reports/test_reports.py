@@ -227,6 +227,15 @@ class TestReading:
         with pytest.raises(DataError, match="no run that can be reported"):
             read_run(make_run(tmp_path / "run", miou=miou))
 
+    def test_two_evaluations_are_not_one(self, tmp_path: Path, make_run: MakeRun) -> None:
+        """As a kill between the two files leaves them."""
+        make_run(tmp_path / "a", seed=1)
+        earlier = (tmp_path / "a" / "run.json").read_text()
+        make_run(tmp_path / "a", seed=2)
+        (tmp_path / "a" / "run.json").write_text(earlier)
+        with pytest.raises(DataError, match=r"run\.json and evaluation\.json are of different runs, .*evaluate again"):
+            read_run(tmp_path / "a")
+
     def test_pictures_of_other_episodes_are_not_taken(self, tmp_path: Path, make_run: MakeRun) -> None:
         folder = make_run(tmp_path / "run", drawn=2)
         index: dict[str, Any] = json.loads((folder / "gallery" / "gallery.json").read_text())

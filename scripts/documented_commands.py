@@ -2,6 +2,7 @@
 
     python scripts/documented_commands.py            # every command, its page and line, and how it is checked
     python scripts/documented_commands.py --counts   # the counts alone, as docs/reliability-documentation.md has them
+    python scripts/documented_commands.py --write    # put them there
 
 The checks themselves are in tests/docs. Commands are found by what bash makes of a block: its programs are replaced by
 stand-ins that write down their arguments and do nothing. So loops, variables and continued lines count as they run, and
@@ -11,6 +12,7 @@ a program that nobody thought of is not found and refused.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import tempfile
@@ -246,14 +248,18 @@ def main() -> None:
     """Print the table, or the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", action="store_true", help="print the counts alone")
+    parser.add_argument("--write", action="store_true", help="write the counts into docs/reliability-documentation.md")
     given = parser.parse_args()
-    if not given.counts:
+    lines = "\n".join(f"{number:4d} {name}" for name, number in counts().items())
+    if given.write:
+        page = ROOT / "docs" / "reliability-documentation.md"
+        page.write_text(re.sub(r"(?s)(?<=```text\n)[ \d]+pages\n.*?(?=\n```)", lines, page.read_text(), count=1))
+    elif not given.counts:
         for block, words, check in all_checks():
             reason = f" ({check.reason})" if check.reason else ""
             print(f"{block.place}: {check.way}{reason}: {shlex.join(words)}")
         print()
-    for name, number in counts().items():
-        print(f"{number:4d} {name}")
+    print(lines)
 
 
 if __name__ == "__main__":

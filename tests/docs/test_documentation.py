@@ -276,7 +276,7 @@ def test_page(page: str, documented: ModuleType, reader: Reader) -> None:
 def test_counts_stand_in_the_documentation(documented: ModuleType) -> None:
     page = (ROOT / "docs" / "reliability-documentation.md").read_text()
     for name, number in documented.counts().items():
-        assert f"{number:4d} {name}\n" in page, f"run scripts/documented_commands.py --counts: {number} {name}"
+        assert f"{number:4d} {name}\n" in page, f"run scripts/documented_commands.py --write: {number} {name}"
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,17 @@ def _select(
     resume: bool,
     show_progress: bool,
 ) -> tuple[float, float]:
-    """Threshold and its mIoU; kept beside the selection run, so that a resumed run does not choose again."""
+    """Threshold and its mIoU; kept beside the selection run, so that a resumed run does not choose again.
+
+    Its episodes are drawn all the same: the guard looks at them in every run, and its record tells of all of them.
+    """
+    drawn = held_out_episodes(data, shots=shots, count=episodes, seed=seed, supports=supports)
     kept = None if folder is None else folder / "threshold.json"
     stored = None
     if kept is not None and resume:
         stored = on_first(lambda: read_json(kept, what="chosen threshold") if kept.exists() else None)
     if stored is not None:
         return float(stored["threshold"]), float(stored["miou"])
-    drawn = held_out_episodes(data, shots=shots, count=episodes, seed=seed, supports=supports)
     threshold, miou = choose_threshold(selection, drawn, show_progress=show_progress)
     if kept is not None and current_ranks().first:
         write_json(kept, {"threshold": threshold, "miou": miou, "classes": list(data.choices.novel)})

@@ -23,6 +23,16 @@ from fewshot_seg.runtime import environment, write_json
 from fewshot_seg.shipped import file_digest
 from fewshot_seg.support_photos import read_supports
 
+_LEGEND = (
+    "Each picture has a row for the query and one for each support. query: attention, where the query looks like the "
+    "supports' object rather than like their background (gradient of the similarity); like background, what speaks "
+    "against; prior, the map that the decoder starts from. support: attention, which of its pixels made the query "
+    "alike; like query, which of its pixels resemble what was found although they count as background there: where a "
+    "support misleads, or at the border of its object.",
+    "Every map is scaled by itself, from its least value (dark) to its largest (bright): colours compare places in one "
+    "photo, not photos. A photo without the object has bright places, too; whether anything was found says the mask.",
+)
+
 
 def explain(config: ExplainConfig) -> int:
     """Draw episodes or photos with what made them alike, or score how faithful explainers are."""
@@ -54,7 +64,7 @@ def explain(config: ExplainConfig) -> int:
     )
     page = config.out / "index.html"
     figures = [Figure(path=one.path, caption=f"{one.number}. {one.title}: IoU {one.iou:.0f}%") for one in written]
-    section = Section(heading=f"{title_of(settings, data)}: {method.name}", figures=figures)
+    section = Section(heading=f"{title_of(settings, data)}: {method.name}", paragraphs=_LEGEND, figures=figures)
     write_page(page, title="fewshot-seg explain", sections=[section])
     results = {"method": method.name, "episodes": [{"number": one.number, "iou": one.iou} for one in written]}
     write_json(config.out / RUN_NAME, run_record("explain", config, data) | {"results": results})
@@ -78,8 +88,12 @@ def _explain_photos(config: ExplainConfig) -> int:
         show_progress=True,
     )
     page = config.out / "index.html"
-    figures = [Figure(path=one.path, caption=f"{one.title}: {100 * one.share:.0f}% of the photo") for one in written]
-    write_page(page, title="fewshot-seg explain", sections=[Section(heading=method.name, figures=figures)])
+    figures = [
+        Figure(path=one.path, caption=f"{one.title}: marked {100 * one.share:.0f}% of the photo") for one in written
+    ]
+    write_page(
+        page, title="fewshot-seg explain", sections=[Section(heading=method.name, paragraphs=_LEGEND, figures=figures)]
+    )
     photos = [
         {
             "query": str(one.query),

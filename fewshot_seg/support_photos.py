@@ -15,6 +15,10 @@ from episodes.sources.marks import point_radius
 from episodes.types import IGNORE, DataError, SupportKind, UInt8Array
 from fewshot_seg.photos import Photo, open_photo, read_object_mask
 
+_MASK_COLOURS = 3
+"""Black, an object, and perhaps its border; photos have more."""
+_ENOUGH_PIXELS = 10_000
+"""Most photos show more colours than a mask in their first pixels: the others are looked at whole."""
 UNNAMED = "object"
 """Class of supports without a name."""
 
@@ -51,6 +55,7 @@ def read_support(text: str) -> Support:
     alone = user_path(text)
     if is_file(alone):
         photo = open_photo(alone)
+        _refuse_mask(text, photo.pixels)
         return _support(photo, np.full(photo.shape, IGNORE, np.uint8), "label")
     found = _MARKS.fullmatch(text)
     if found is None:
@@ -66,6 +71,22 @@ def read_support(text: str) -> Support:
     if kind == "box":
         return _support(photo, _boxes(text, shapes, photo.shape), "box")
     return _support(photo, point_marks(shapes, photo.shape), "point")
+
+
+def _refuse_mask(text: str, pixels: UInt8Array) -> None:
+    """A space instead of the colon of PHOTO:MASK would make the mask an example of its own."""
+    colours = _colours(pixels.reshape(-1, 3)[:_ENOUGH_PIXELS])
+    if len(colours) <= _MASK_COLOURS:
+        colours = _colours(pixels.reshape(-1, 3))
+    if 1 < len(colours) <= _MASK_COLOURS and (0, 0, 0) in colours:
+        raise DataError(
+            f"--support {text!r:.200}: is black with {len(colours) - 1} other colours, so it is a mask and no photo; "
+            "write PHOTO:MASK with a colon, for example dog.jpg:dog_mask.png"
+        )
+
+
+def _colours(pixels: UInt8Array) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
 
 
 def _support(photo: Photo, marks: UInt8Array, kind: SupportKind) -> Support:
@@ -136,6 +157,9 @@ def _split_pair(pair: str) -> tuple[Path, Path]:
     for photo, mask in candidates:  # file names may hold colons themselves, as Windows drives do
         if is_file(photo) and is_file(mask):
             return photo, mask
+    misspelt = re.fullmatch(r".+:(?P<kind>[a-z]{2,12})=[0-9 .,+-]+", pair)
+    if misspelt is not None:
+        raise DataError(f"--support {pair!r:.200}: no mark {misspelt['kind']!r}; there are box, point and scribble")
     if not candidates or not pair[places[-1] + 1 :] or not pair[: places[-1]]:
         raise DataError(
             f"--support {pair!r:.200}: no such photo; expected PHOTO:MASK, for example dog.jpg:dog_mask.png, or "

@@ -198,11 +198,13 @@ class TestFingerprint:
             os.utime(tmp_path / name, ns=(10**18, 10**18))
         return collection(["auk", "kite"], root=tmp_path)
 
-    def test_depends_on_names_order_and_time(self, images: LabelledImages) -> None:
+    def test_depends_on_names_order_and_content(self, images: LabelledImages) -> None:
         both = images.fingerprint(["0.jpg", "1.jpg"])
         assert len({both, images.fingerprint(["1.jpg", "0.jpg"]), images.fingerprint(["0.jpg"])}) == 3
         assert images.fingerprint(["0.jpg"]) != images.fingerprint(["1.jpg"])
         os.utime(images.root / "1.jpg", ns=(10**18, 10**18 + 1000))
+        assert images.fingerprint(["0.jpg", "1.jpg"]) == both
+        (images.root / "1.jpg").write_bytes((images.root / "0.jpg").read_bytes() + b" ")
         assert images.fingerprint(["0.jpg", "1.jpg"]) != both
 
     def test_does_not_depend_on_the_place(self, images: LabelledImages, tmp_path: Path) -> None:

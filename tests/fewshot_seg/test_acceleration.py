@@ -86,7 +86,9 @@ def test_a_compiler_that_fails_is_named_and_left(backbone: Backbone, monkeypatch
     monkeypatch.setattr(torch, "compile", broken)
     accelerate(backbone, size=64, compiled=True)
     with pytest.warns(UserWarning, match=r"torch.compile does not work here \(no compiler found\); going on without"):
-        assert all(torch.equal(one, other) for one, other in zip(backbone(photos), expected, strict=True))
+        found = backbone(photos)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)  # the layout in memory that was faster may round otherwise
     backbone(photos)
     assert calls == 1
 

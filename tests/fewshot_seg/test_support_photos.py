@@ -81,6 +81,17 @@ class TestReadSupport:
         expected[:3, :3] = expected[10:, 18:] = 255
         assert np.array_equal(support.marks, expected)
 
+    @pytest.mark.parametrize("colours", [[(255, 255, 255)], [(128, 0, 0), (224, 224, 192)]])
+    def test_a_mask_is_no_photo(self, tmp_path: Path, colours: list[tuple[int, int, int]]) -> None:
+        """A space in place of the colon: --support dog.jpg dog_mask.png."""
+        picture = np.zeros((120, 160, 3), np.uint8)
+        for number, colour in enumerate(colours):
+            picture[80 + 10 * number : 90 + 10 * number, 20:90] = colour  # below the pixels looked at first
+        with pytest.raises(DataError, match=r"so it is a mask and no photo; write PHOTO:MASK with a colon"):
+            read_support(str(save(tmp_path / "dog_mask.png", picture)))
+        picture[:, :, 1] += np.arange(160, dtype=np.uint8)
+        assert read_support(str(save(tmp_path / "dog.png", picture))).kind == "label"
+
     def test_more_marks_than_a_file_name_may_have_letters(self, tmp_path: Path) -> None:
         photo = save(tmp_path / "dog.png", flat(60, 80))
         boxes = [(2 * k, k, 2 * k + 3, k + 4) for k in range(30)]
@@ -90,7 +101,9 @@ class TestReadSupport:
         for left, top, right, bottom in boxes:
             expected[top:bottom, left:right] = 255
         assert np.array_equal(read_support(f"{photo}:box={joined}").marks, expected)
-        for mistake in (f"{photo}:boxes={joined}", f"{photo}:scribble={joined}", f"{'dog' * 100}:mask.png"):
+        with pytest.raises(DataError, match=r"no mark 'boxes'; there are box, point and scribble$"):
+            read_support(f"{photo}:boxes={joined}")
+        for mistake in (f"{photo}:scribble={joined}", f"{'dog' * 100}:mask.png"):
             with pytest.raises(DataError, match=r"no such file; expected a (mask|photo)$"):
                 read_support(mistake)
 

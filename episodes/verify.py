@@ -53,12 +53,14 @@ class SplitReport:
         classes: class id -> number of images that show the class, for the classes the split should show and
             those it does show, ascending.
         problems: in the order found.
+        without_object: how many of the images show no class, for which no episode draws them.
     """
 
     name: str
     images: int
     classes: Mapping[int, int]
     problems: tuple[Problem, ...]
+    without_object: int = 0
 
 
 @runtime_checkable
@@ -100,8 +102,8 @@ def report(source: MaskSource, splits: Sequence[SplitReport]) -> dict[str, Any]:
     """Everything as values for JSON, with counts of problems by kind; what `report_lines` prints.
 
     Returns:
-        ``{"source", "problems", "kinds", "splits": [{"name", "images", "classes": {id: {"name", "images"}},
-        "kinds": {kind: count}, "problems": [{"file", "kind", "message", "mend"}]}]}``; ids of classes are
+        ``{"source", "problems", "kinds", "splits": [{"name", "images", "without_object", "classes": {id: {"name",
+        "images"}}, "kinds": {kind: count}, "problems": [{"file", "kind", "message", "mend"}]}]}``; ids of classes are
         strings, as JSON wants keys.
     """
     kinds = Counter(problem.kind for split in splits for problem in split.problems)
@@ -117,6 +119,7 @@ def report(source: MaskSource, splits: Sequence[SplitReport]) -> dict[str, Any]:
             {
                 "name": split.name,
                 "images": split.images,
+                "without_object": split.without_object,
                 "classes": {
                     str(class_id): {"name": names.get(class_id, "?"), "images": count}
                     for class_id, count in split.classes.items()
@@ -135,8 +138,9 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
     for split in found["splits"]:
         shown = sum(1 for one in split["classes"].values() if one["images"])
         kinds = ", ".join(f"{count} {kind}" for kind, count in split["kinds"].items())
+        without = f" ({split['without_object']} without an object)" if split["without_object"] else ""
         lines.append(
-            f"{split['name']}: {split['images']} images, {shown} of {len(split['classes'])} classes, "
+            f"{split['name']}: {split['images']} images{without}, {shown} of {len(split['classes'])} classes, "
             f"problems: {len(split['problems'])}{f' ({kinds})' if kinds else ''}"
         )
     for split in found["splits"]:
@@ -154,6 +158,7 @@ class _Inspection:
         self._names: Mapping[int, str] = {}
         self._problems: dict[Problem, None] = {}  # a set that keeps the order: one broken file may meet us often
         self._shown: Counter[int] = Counter()
+        self._without_object = 0
         self._first_with: dict[bytes, str] = {}
 
     def report(self) -> SplitReport:
@@ -183,6 +188,7 @@ class _Inspection:
         photo = self._read(file, self._source.image, image_id)
         masks = self._read(file, self._source.class_masks, image_id)
         self._shown.update((masks or {}).keys())
+        self._without_object += masks is not None and not masks
         if photo is not None:
             self._inspect_twins(image_id, photo)
         if not masks:
@@ -237,7 +243,13 @@ class _Inspection:
     def _result(self, images: int) -> SplitReport:
         expected = self._expected_classes() if images else ()
         classes = {class_id: self._shown[class_id] for class_id in sorted({*expected, *self._shown})}
-        return SplitReport(name=self._split, images=images, classes=classes, problems=tuple(self._problems))
+        return SplitReport(
+            name=self._split,
+            images=images,
+            classes=classes,
+            problems=tuple(self._problems),
+            without_object=self._without_object,
+        )
 
     def _read(self, file: str, read: Callable[..., _Read], *arguments: object) -> _Read | None:
         """What `read` returns, or None after noting its problem, under `file` if the error names none."""

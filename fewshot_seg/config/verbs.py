@@ -46,9 +46,9 @@ class ModelSettings(SpeedSettings):
     """A trained model, or a training-free prior map."""
 
     model: Path | None = setting(
-        "model.safetensors of a training, or a shipped model by name (`fewshot-seg weights list`); 'none', or without "
-        "it: nothing trained is used, but what works on your own photos (`predict`, `app`, `export`, "
-        "`explain --query`) takes the shipped model 'general' by itself",
+        "model.safetensors of a training, a shipped model by name (`fewshot-seg weights list`), or 'none' for nothing "
+        "trained; without it, `predict`, `app`, `export` and `explain --query` take the shipped model 'general', the "
+        "others nothing trained",
         None,
     )
     similarity: Path | None = setting(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes.sources import LabelmeSource, SourceError, SyntheticSource, VocSource
+from episodes.sources import FolderSource, LabelmeSource, SourceError, SyntheticSource, VocSource
 from episodes.types import DataError, MaskSource, UInt8Array
 from episodes.verify import inspect, report, report_lines, verify
 
@@ -260,3 +260,15 @@ def test_report_as_json_and_as_text_say_the_same(tiny_voc: Path) -> None:
     ]
     assert len(lines) == 2 + 25
     assert f"{missing['file']}: {missing['message']}; {missing['mend']}" in lines
+
+
+def test_photos_without_a_mask_are_counted(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        for folder, value in (("images", ord(name)), ("masks/dog", 255)):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (20, 20), value).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "masks" / "dog" / "c.png").unlink()
+    source = FolderSource(tmp_path)
+    found = report(source, [inspect(source, "all")])
+    assert found["splits"][0]["without_object"] == 1
+    assert report_lines(found) == ["all: 3 images (1 without an object), 1 of 1 classes, problems: 0"]

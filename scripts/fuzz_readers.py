@@ -4,9 +4,9 @@
     python scripts/fuzz_readers.py --replay DIR/NAME.bin
 
 Every outcome must be a correct result (the readers of `fuzz_corpus` check it), or an error of ours of one printable
-line. Anything else is a crash: another exception, more than 10 seconds, more than 1.5 GB, a process that dies, code
-that runs, a file written elsewhere. Crashes are kept in --keep with what is needed to replay them, and the exit code
-is 1.
+line. Anything else is a crash: another exception, more than 10 seconds of CPU, more than 1.5 GB, a process that dies,
+code that runs, a file written elsewhere. Crashes are kept in --keep with what is needed to replay them, and the exit
+code is 1.
 
 Half of the inputs are structures drawn by hypothesis (JSON trees, headers of safetensors files, chunks of PNG, values
 of TOML), the others are valid files whose bytes are changed. Inputs are decided by the seed. They are read in forked
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -41,9 +42,12 @@ from fuzz_inputs import inputs_of
 from episodes.types import DataError
 
 SECONDS = 10.0
-"""That one input may take."""
+"""That one input may take, of CPU: what other programs take does not count."""
+_WAITING = 80.0  # seconds by the clock, for readers that wait for something
 OUTCOMES = ("correct", "SourceError", "DataError", "refused for memory", "crash")
-_SILENCE = 60.0  # after which a process that does not even heed its alarm is killed
+_SILENCE = 120.0  # after which a process that does not even heed its alarm is killed
+HANGS = "crash: hangs"
+_MOST_HUNG = 3  # after which a target's other inputs are left: each hang takes so long
 _ROOM = 3 * 2**30  # address space beyond what is taken at first
 _MOST_RESIDENT = 1_500_000  # kB
 _LONGEST = 3000  # characters of a message
@@ -67,6 +71,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     crashes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    hung: int = 0
 
 
 class Watch:
@@ -101,7 +106,8 @@ def lay_out(target: Target, name: str, content: bytes, folder: Path) -> Path:
 def outcome_of(target: Target, path: Path, watch: Watch) -> str:
     """``correct``, the class of a typed error, or ``crash: ...``."""
     watch.seen.clear()  # of hypothesis, which keeps things for itself
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _WAITING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,10 +121,11 @@ def outcome_of(target: Target, path: Path, watch: Watch) -> str:
         if said == type(error).__name__ and _for_memory(error):
             said = "refused for memory"
     except TooLongError:
-        said = f"crash: more than {SECONDS:g} seconds"
+        said = f"crash: more than {SECONDS:g} seconds of CPU, or {_WAITING:g} of waiting"
     except BaseException as error:
         said = f"crash: {type(error).__name__}: {' '.join(str(error).split())[:200]} ({_place_of(error)})"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     if watch.seen:
         said = f"crash: escaped by {watch.seen[0]}"
@@ -147,6 +154,8 @@ def _too_long(*_: Any) -> None:
 def read_all(target: Target, number: int, seed: int, count: int, start: int, home: Path, answers: int) -> None:
     """In a process of its own: read inputs from `start` on, and write a line for each to `answers`."""
     signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
+    faulthandler.disable()  # a test runner's: a process that dies here is counted, and need not say it at length
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, size + _ROOM))
     watch, tempfile.tempdir = Watch(home), str(home)
@@ -182,11 +191,12 @@ def _silence() -> Iterator[None]:
 def run_target(target: Target, number: int, seed: int, count: int, home: Path, keep: Path) -> Tally:
     """All inputs of a target, in as many processes as it takes."""
     tally, began, done = Tally(), time.monotonic(), 0
-    while done < count:
+    while done < count and tally.hung < _MOST_HUNG:
         before = done
         for place, said in _process(target, number, seed, count, done, home):
             done = place + 1
             tally.outcomes["crash" if said.startswith("crash") else said] += 1
+            tally.hung += said == HANGS
             if said.startswith("crash"):
                 tally.crashes.append(_keep(target, number, seed, place, said, home, keep))
         if done == before:  # it had nothing more to say: hypothesis may draw fewer
@@ -225,7 +235,7 @@ def _process(target: Target, number: int, seed: int, count: int, start: int, hom
     os.close(reading)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status != 0:
-        yield place, f"crash: {'hangs' if hung else f'the process ended with {status}'}"
+        yield place, HANGS if hung else f"crash: the process ended with {status}"
 
 
 def _keep(target: Target, number: int, seed: int, place: int, said: str, home: Path, keep: Path) -> str:
@@ -279,7 +289,7 @@ def fuzz(count: int, seed: int, *, only: str | None = None, keep: Path) -> dict[
 def table(tallies: dict[str, Tally]) -> str:
     """Counts by reader."""
     lines = [
-        "| reader | inputs | correct | SourceError | DataError | of these for memory | crashes | seconds |",
+        "| reader | inputs | correct | SourceError | DataError | for memory | crashes | seconds |",
         "|---|" + "---:|" * 7,
     ]
     sums: Counter[str] = Counter()

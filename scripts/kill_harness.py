@@ -39,6 +39,7 @@ from fewshot_seg.report import Table, text_table
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 _MOST_KILLS_IN_A_ROW = 6
+_PATIENCE = 300.0  # seconds without a word or an end, after which a run counts as hung
 
 
 @dataclasses.dataclass
@@ -199,16 +200,10 @@ class _start:  # noqa: N801 - read as a verb: it starts a process
 
     def wait_for_end(self) -> bool:
         """Whether it ended by itself; raises FailedError if it did so with another exit code than 0."""
-        if self._moment is not None:
-            if self._moment.event is not None:
-                select.select([self._heard], [], [])
-                reached = os.read(self._heard, 1) == b"!"
-            else:
-                reached = True
-            if reached:
-                select.select([self._heard], [], [], self._moment.seconds)
-                os.kill(self._process, signal.SIGKILL)  # it has not been waited for: this is its id, alive or not
-        self._counted = b"".join(iter(lambda: os.read(self._heard, 100), b""))
+        if self._moment is not None and (self._moment.event is None or self._hear(1) == b"!"):
+            select.select([self._heard], [], [], self._moment.seconds)
+            os.kill(self._process, signal.SIGKILL)  # it has not been waited for: this is its id, alive or not
+        self._counted = b"".join(iter(lambda: self._hear(100), b""))
         os.close(self._heard)
         _, status = os.waitpid(self._process, 0)
         self._ended = time.perf_counter()
@@ -218,6 +213,16 @@ class _start:  # noqa: N801 - read as a verb: it starts a process
             said = self._log.read_text(errors="replace")[-2000:]
             raise FailedError(f"{self._case.name} ended with status {status}: {said}")
         return True
+
+    def _hear(self, most: int) -> bytes:
+        """What it says next, nothing at its end; raises FailedError if it is silent for too long."""
+        if not select.select([self._heard], [], [], _PATIENCE)[0]:
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+            os.close(self._heard)
+            said = self._log.read_text(errors="replace")[-2000:]
+            raise FailedError(f"{self._case.name} hangs: silent for {_PATIENCE:g} seconds: {said}")
+        return os.read(self._heard, most)
 
     def events(self) -> int:
         """How many file events there were."""

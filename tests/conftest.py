@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
 from episodes.types import EpisodeSpec
 from fewshot_seg.reports import chosen_episodes
 from fewshot_seg.runtime import write_json
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # how fast it is must not decide a test
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _VOC_DEFAULT = _DATA / "VOCdevkit" / "VOC2012"

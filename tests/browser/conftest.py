@@ -41,7 +41,7 @@ def browser_page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page, errors = context.new_page(), list[str]()
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)  # a busy machine
     yield page
     context.close()
     assert not errors, f"the page's scripts failed: {errors}"

@@ -254,7 +254,7 @@ def test_another_own_address_and_a_proxy_in_the_environment(monkeypatch: pytest.
     engine = Engine(segmenter=segmenter, resolution=64, fit="squash", name="tiny")
     with serve(engine, host="127.0.0.2") as page:
         for headers, status in (({}, 200), ({"Host": "evil.example"}, 400)):
-            connection = HTTPConnection(urlsplit(page.address).netloc, timeout=20)
+            connection = HTTPConnection(urlsplit(page.address).netloc, timeout=120)
             connection.request("GET", "/", headers=headers)
             assert connection.getresponse().status == status
             connection.close()
@@ -282,7 +282,7 @@ class TestGuard:
         ],
     )
     def test_no_file_of_the_machine(self, served: Served, path: str) -> None:
-        connection = HTTPConnection(urlsplit(served.address).netloc, timeout=20)
+        connection = HTTPConnection(urlsplit(served.address).netloc, timeout=120)
         connection.request("GET", path)
         answer = connection.getresponse()
         body = answer.read()
@@ -300,7 +300,7 @@ class TestGuard:
                 headers={"Content-Type": "multipart/form-data; boundary=x"},
             )
             try:
-                with urllib.request.urlopen(request, timeout=20) as answer:
+                with urllib.request.urlopen(request, timeout=120) as answer:
                     statuses.append(answer.status)
             except urllib.error.HTTPError as error:
                 statuses.append(error.code)
@@ -309,13 +309,13 @@ class TestGuard:
         assert statuses == [200, 413, 413]
 
     def test_another_name_for_this_machine_is_not_let_in(self, served: Served) -> None:
-        connection = HTTPConnection(urlsplit(served.address).netloc, timeout=20)
+        connection = HTTPConnection(urlsplit(served.address).netloc, timeout=120)
         connection.request("GET", "/", headers={"Host": "evil.example"})
         assert connection.getresponse().status == 400
         connection.close()
 
     def test_the_browser_is_kept_at_home(self, served: Served) -> None:
-        with urllib.request.urlopen(served.address, timeout=20) as answer:
+        with urllib.request.urlopen(served.address, timeout=120) as answer:
             policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'self'")
         assert "http" not in policy

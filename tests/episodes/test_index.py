@@ -79,7 +79,7 @@ def test_any_number_of_workers_gives_the_same_index(
 def test_workers_read_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two readers wait for each other: with one worker this would break the barrier.
     monkeypatch.setattr("episodes.index._CHUNK", 1)
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=120)
 
     class Meeting(SyntheticSource):
         def class_masks(self, image_id: str) -> Mapping[int, UInt8Array]:

@@ -33,7 +33,7 @@ from episodes.prepare import (
 )
 from episodes.types import DataError
 
-QUICK = Patience(attempts=2, timeout=5.0, pause=0.0)
+QUICK = Patience(attempts=2, timeout=60.0, pause=0.0)
 
 
 def picture(suffix: str) -> bytes:

@@ -21,7 +21,7 @@ from episodes.prepare.download import download
 from episodes.types import DataError
 
 CONTENT = np.random.default_rng(0).bytes(600_000)
-QUICK = Patience(attempts=3, timeout=5.0, pause=0.0)
+QUICK = Patience(attempts=3, timeout=60.0, pause=0.0)
 NAME = "photos.zip"
 
 
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
         self.end_headers()
         if it.hangs is not None:
-            it.hangs.wait(20)
+            it.hangs.wait(120)
             return
         if it.declared is not None:
             body = body[: it.declared]
@@ -176,7 +176,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
 def test_the_next_run_continues(tmp_path: Path, address: str, behaviour: Behaviour) -> None:
     behaviour.breaks_after = [250_000, 0]
     with pytest.raises(DataError, match=r"connection broke after 0 of 350000 bytes, 1 times in a row.*run again later"):
-        fetch(tmp_path, address, patience=Patience(attempts=1, timeout=5.0, pause=0.0))
+        fetch(tmp_path, address, patience=Patience(attempts=1, timeout=60.0, pause=0.0))
     assert left(tmp_path) == [f"{NAME}.part", f"{NAME}.part.json"]
     fetch(tmp_path, address)
     assert (tmp_path / NAME).read_bytes() == CONTENT
@@ -321,7 +321,7 @@ def test_pauses_grow_and_are_bounded(
     monkeypatch.setattr(download_module.time, "sleep", pauses.append)
     behaviour.statuses = [500] * 20
     with pytest.raises(DataError, match="9 times in a row"):
-        fetch(tmp_path, address, patience=Patience(attempts=9, timeout=5.0, pause=1.0))
+        fetch(tmp_path, address, patience=Patience(attempts=9, timeout=60.0, pause=1.0))
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
 
 

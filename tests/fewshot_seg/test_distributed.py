@@ -271,7 +271,7 @@ def launch(processes: int, part: str, folder: Path, *, codes: tuple[int, ...] | 
         started.append(context.Process(target=runpy.run_path, args=(__file__, given, "__main__")))
         started[-1].start()
     for process in started:
-        process.join(120)
+        process.join(400)
         process.kill()  # does nothing to one that has ended
     printed = "\n".join(file.read_text() for file in sorted(folder.glob(f"{part}-err-*")))
     assert [process.exitcode for process in started] == list(codes or (0,) * processes), printed
@@ -562,7 +562,7 @@ def test_torchrun_starts_it_and_a_lost_rank_ends_it(tmp_path: Path) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )
     assert ended.returncode == 1, ended.stderr

@@ -321,7 +321,7 @@ class TestExample:
             "runpy.run_path(sys.argv[0], run_name='__main__')"
         )
         command = [sys.executable, "-c", code, str(EXAMPLE), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
     @pytest.mark.parametrize("fit", ["squash", "pad"])
     def test_masks_of_the_predictor(self, fit: Fit, by_verb: Path, tmp_path: Path) -> None:

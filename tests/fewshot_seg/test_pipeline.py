@@ -72,7 +72,7 @@ def test_steps_overlap() -> None:
         return item
 
     def process(batch: list[int]) -> list[int]:
-        assert second_read.wait(20)
+        assert second_read.wait(120)
         return batch
 
     assert list(stream(range(2), read=read, process=process, write=lambda _, one: one)) == [0, 1]

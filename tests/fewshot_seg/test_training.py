@@ -384,7 +384,7 @@ class TestResume:
         self, tmp_path: Path, uninterrupted: tuple[FewShotSegmenter, Path, TrainingResult]
     ) -> None:
         killed = subprocess.run(
-            [sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True, timeout=600
+            [sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True, timeout=800
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert read_tensors(tmp_path / CHECKPOINT_NAME)[1]["step"] == 4

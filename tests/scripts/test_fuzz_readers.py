@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,16 @@ def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("fuzz_readers")
 
 
-def test_no_reader_crashes(script: ModuleType, tmp_path: Path) -> None:
-    tallies = script.fuzz(1000, 2, keep=tmp_path / "crashes")
-    assert [crash for tally in tallies.values() for crash in tally.crashes] == []
-    assert sum(tally.outcomes.total() for tally in tallies.values()) >= 1000
-    assert all(
-        tally.outcomes["correct"] + tally.outcomes["DataError"] + tally.outcomes["SourceError"]
-        for tally in tallies.values()
-    )
+def test_no_reader_crashes(run_script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = run_script("fuzz_readers", "--inputs", "1000", "--seed", "2", "--keep", str(tmp_path / "crashes"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, total = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:] if line.startswith("|")]
+    assert int(total[1]) >= 1000
+    assert len(rows) > 20
+    for name, inputs, correct, source_error, data_error, for_memory, crashes, _ in rows:
+        assert int(correct) + int(source_error) + int(data_error) > 0, name
+        assert int(inputs) == int(correct) + int(source_error) + int(data_error) + int(for_memory), name
+        assert crashes == "0"
 
 
 def raises(_: Path) -> None:
@@ -36,6 +39,11 @@ def raises(_: Path) -> None:
 
 def dies(_: Path) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def spins(_: Path) -> None:
+    while True:
+        pass
 
 
 def hangs(_: Path) -> None:
@@ -71,7 +79,8 @@ def is_fine(path: Path) -> None:
     [
         (raises, "KeyError: 'oops'"),
         (dies, "the process ended with -11"),
-        (hangs, "more than 0.2 seconds"),
+        (spins, "more than 0.2 seconds of CPU"),
+        (hangs, "or 0.4 of waiting"),
         (grows, "GB of memory"),
         (writes, "escaped by os.mkdir"),
         (starts, "escaped by os.system"),
@@ -88,6 +97,7 @@ def test_what_it_sees(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(script, "SECONDS", 0.2)
+    monkeypatch.setattr(script, "_WAITING", 60.0 if read is spins else 0.4)
     monkeypatch.setattr(script, "_MOST_RESIDENT", 200_000)
     target = script.Target(name="tried", seeds={"a.bin": b"content"}, read=read)
     monkeypatch.setattr(script, "targets", lambda: [target])

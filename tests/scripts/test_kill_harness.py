@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("kill_harness")
 
 
-def test_three_kills(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_kills(run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     verbs = ["train, joint", "feature store", "data prepare", "predict"]
-    assert script.main(["--kills", "3", "--verbs", *verbs]) == 0
-    rows = [line.rsplit(maxsplit=6) for line in capsys.readouterr().out.splitlines()[2:]]
+    done = run_script("kill_harness", "--kills", "3", "--verbs", *verbs)
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=6) for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == verbs
     for _, kills, compared, identical, *faults in rows:
         assert kills == "3"
@@ -61,3 +63,18 @@ def test_a_run_that_cannot_go_on(script: ModuleType, tmp_path: Path) -> None:
     case = script.Case(name="refuses", run=refuses, damage=lambda _: [])
     count = script.torture(case, tmp_path / "run", kills=3, draw=random.Random(1))
     assert count.identical < count.ended
+
+
+def test_a_run_that_hangs(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hangs(folder: Path, again: bool) -> int:
+        folder.mkdir(exist_ok=True)
+        time.sleep(60 if again else 0.05)
+        return 0
+
+    monkeypatch.setattr(script, "_PATIENCE", 0.5)
+    case = script.Case(name="hangs", run=hangs, damage=lambda _: [])
+    count = script.torture(case, tmp_path / "run", kills=1, draw=random.Random(1))
+    assert (count.kills, count.ended, count.identical) == (1, 1, 0)
+    assert "hangs: silent for 0.5 seconds" in capsys.readouterr().err

@@ -34,7 +34,7 @@ class Visitor:
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(self.host, timeout=30)
+        connection = http.client.HTTPConnection(self.host, timeout=120)
         connection.putrequest(method, path, skip_host="Host" in (headers or {}))
         for name, value in (headers or {}).items():
             connection.putheader(name, value)
@@ -65,7 +65,7 @@ class Visitor:
             "POST", "/gradio_api/queue/join", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )
         assert status == 200, said
-        connection = http.client.HTTPConnection(self.host, timeout=60)
+        connection = http.client.HTTPConnection(self.host, timeout=120)
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
         response = connection.getresponse()
         while line := response.readline():

@@ -34,6 +34,7 @@ from fewshot_seg.fold_data import (
     group_episodes,
     group_specs,
     training_episodes,
+    training_specs,
 )
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -131,15 +132,19 @@ def train_cross_fitted(
         "seed": seed,
     }
 
+    embedding_draw = {"shots": 1, "count": steps * batch_size, "seed": seed}
+
+    def split_of(base: tuple[int, ...]) -> ClassSplit:
+        """All classes but `base` are novel to an embedding that is trained on those."""
+        novel = tuple(class_id for class_id in data.split.base if class_id not in base) + data.split.novel
+        return ClassSplit(base=base, novel=novel)
+
     def embedded(segmenter: FewShotSegmenter, base: tuple[int, ...], name: str) -> FewShotSegmenter:
         """The untrained model, its embedding trained on `base`."""
-        novel = tuple(class_id for class_id in data.split.base if class_id not in base) + data.split.novel
         drawn = training_episodes(
             data,
-            ClassSplit(base=base, novel=novel),
-            shots=1,
-            count=steps * batch_size,
-            seed=seed,
+            split_of(base),
+            **embedding_draw,
             augment=augment,
             support_augment=support_augment,
             supports=supports,
@@ -162,15 +167,19 @@ def train_cross_fitted(
 
     def priors_of(
         file: str,
-        embedding: Callable[[], FewShotSegmenter],
+        embedding: FewShotSegmenter | Callable[[], FewShotSegmenter],
         described: dict[str, Any],
         classes: tuple[int, ...],
         counts: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
         """Priors of episodes of some classes, from the file if they are there."""
+        computed = False
 
         def compute() -> dict[str, Tensor]:
-            segmenter, parts = embedding(), list[dict[str, Tensor]]()
+            nonlocal computed
+            computed = True
+            segmenter = embedding if isinstance(embedding, FewShotSegmenter) else embedding()
+            parts = list[dict[str, Tensor]]()
             for shots, count in _drawable(data, classes, counts):
                 drawn = group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
                 parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
@@ -179,9 +188,16 @@ def train_cross_fitted(
         kept = None if folder is None else folder / file
         if kept is not None and not resume:
             kept.unlink(missing_ok=True)
-        return keep_tensors(
+        tensors = keep_tensors(
             kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
         )
+        if not computed:  # the guard looks at what went into the file: its record is that of a run in one go
+            if not isinstance(embedding, FewShotSegmenter):
+                training_specs(data, split_of(described["trained_on"]), **embedding_draw)
+            for shots, count in _drawable(data, classes, counts):
+                specs = group_specs(data, classes, shots=shots, count=count, seed=seed + 1)
+                data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
+        return tensors
 
     found = list[dict[str, Tensor]]()
     for number, group in enumerate(groups):
@@ -195,7 +211,7 @@ def train_cross_fitted(
     if known_episodes:
         described = _model_settings(segmenter, data.split.base)
         file = "all/known_priors.safetensors"
-        known = priors_of(file, lambda: segmenter, described, data.split.base, known_episodes)
+        known = priors_of(file, segmenter, described, data.split.base, known_episodes)
         stored = _joined([unseen, known])
     if not isinstance(segmenter.decoder, ContextDecoder):
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")

@@ -175,6 +175,27 @@ def test_choices_keep_to_the_rules_of_the_training(shared_voc: Path, tiny_backbo
     assert data.guard.record()["choices"]["episodes"] == 40
 
 
+def test_the_record_of_a_resumed_run_is_that_of_a_run_in_one_go(
+    tmp_path: Path, shared_voc: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all that a group trained is there already: the guard looks at it again."""
+
+    def run(**more: Any) -> Any:
+        data = opened(shared_voc, tiny_backbone, "hsnet")
+        train_cross_fitted(
+            lambda classes: build_segmenter(tiny_backbone, similarity_rank=3, base_classes=classes),
+            data,
+            **{"steps": 2, "batch_size": 4, "decoder_steps": 3, "decoder_episodes": ((1, 6), (2, 4))},
+            **{"known_episodes": ((1, 5),), "seed": 2, "folder": tmp_path, **more},
+        )
+        return data.guard.record()
+
+    record = run()
+    monkeypatch.setattr(cross_fitted_fold, "priors_of_episodes", None)  # they are in the folder
+    assert run(resume=True) == record
+    assert record["training"]["episodes"] == 4 * 2 * 4 + 3 * (6 + 4) + 5
+
+
 def test_training_on_a_photo_of_the_evaluation_stops(tiny_voc: Path, tiny_backbone: Backbone) -> None:
     photos = tiny_voc / "JPEGImages"
     for number in range(4):

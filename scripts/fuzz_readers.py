@@ -158,6 +158,7 @@ def read_all(target: Target, number: int, seed: int, count: int, start: int, hom
     faulthandler.disable()  # a test runner's: a process that dies here is counted, and need not say it at length
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, size + _ROOM))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # gigabytes, for each process that dies
     watch, tempfile.tempdir = Watch(home), str(home)
     sys.addaudithook(watch)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

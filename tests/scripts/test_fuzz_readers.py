@@ -79,8 +79,8 @@ def is_fine(path: Path) -> None:
     [
         (raises, "KeyError: 'oops'"),
         (dies, "the process ended with -11"),
-        (spins, "more than 0.2 seconds of CPU"),
-        (hangs, "or 0.4 of waiting"),
+        (spins, "more than 0.2 seconds of CPU, or 60 of waiting"),
+        (hangs, "more than 10 seconds of CPU, or 0.4 of waiting"),
         (grows, "GB of memory"),
         (writes, "escaped by os.mkdir"),
         (starts, "escaped by os.system"),
@@ -96,8 +96,8 @@ def test_what_it_sees(
     said: str | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(script, "SECONDS", 0.2)
-    monkeypatch.setattr(script, "_WAITING", 60.0 if read is spins else 0.4)
+    monkeypatch.setattr(script, "SECONDS", 0.2 if read is spins else 10.0)
+    monkeypatch.setattr(script, "_WAITING", 0.4 if read is hangs else 60.0)
     monkeypatch.setattr(script, "_MOST_RESIDENT", 200_000)
     target = script.Target(name="tried", seeds={"a.bin": b"content"}, read=read)
     monkeypatch.setattr(script, "targets", lambda: [target])

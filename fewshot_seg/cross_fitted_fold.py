@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from fewshot_seg.fold_data import (
     group_episodes,
     group_specs,
     training_episodes,
-    training_specs,
 )
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.segmenter import FewShotSegmenter
@@ -132,86 +130,79 @@ def train_cross_fitted(
         "seed": seed,
     }
 
-    embedding_draw = {"shots": 1, "count": steps * batch_size, "seed": seed}
+    # Episodes are drawn in every run, also where what comes of them is there already: the guard looks at them as they
+    # are drawn, and its record tells of all of them.
 
-    def split_of(base: tuple[int, ...]) -> ClassSplit:
-        """All classes but `base` are novel to an embedding that is trained on those."""
+    def embedding_of(segmenter: FewShotSegmenter, base: tuple[int, ...], name: str) -> Callable[[], FewShotSegmenter]:
+        """Trains the embedding of the untrained model on `base`, and returns the model."""
         novel = tuple(class_id for class_id in data.split.base if class_id not in base) + data.split.novel
-        return ClassSplit(base=base, novel=novel)
-
-    def embedded(segmenter: FewShotSegmenter, base: tuple[int, ...], name: str) -> FewShotSegmenter:
-        """The untrained model, its embedding trained on `base`."""
         drawn = training_episodes(
             data,
-            split_of(base),
-            **embedding_draw,
+            ClassSplit(base=base, novel=novel),
+            shots=1,
+            count=steps * batch_size,
+            seed=seed,
             augment=augment,
             support_augment=support_augment,
             supports=supports,
             workers=workers,
             show_progress=show_progress,
         )
-        train_embedding(
-            segmenter,
-            drawn,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            seed=seed,
-            folder=None if folder is None else folder / name,
-            **run,
-        )
-        _fit_base_learner(segmenter, cells, base, seed)
-        return segmenter
+
+        def embedded() -> FewShotSegmenter:
+            train_embedding(
+                segmenter,
+                drawn,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                seed=seed,
+                folder=None if folder is None else folder / name,
+                **run,
+            )
+            _fit_base_learner(segmenter, cells, base, seed)
+            return segmenter
+
+        return embedded
 
     def priors_of(
         file: str,
-        embedding: FewShotSegmenter | Callable[[], FewShotSegmenter],
+        embedding: Callable[[], FewShotSegmenter],
         described: dict[str, Any],
         classes: tuple[int, ...],
         counts: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
         """Priors of episodes of some classes, from the file if they are there."""
-        computed = False
+        drawn = [
+            group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
+            for shots, count in _drawable(data, classes, counts)
+        ]
 
         def compute() -> dict[str, Tensor]:
-            nonlocal computed
-            computed = True
-            segmenter = embedding if isinstance(embedding, FewShotSegmenter) else embedding()
-            parts = list[dict[str, Tensor]]()
-            for shots, count in _drawable(data, classes, counts):
-                drawn = group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
-                parts.append(priors_of_episodes(segmenter, drawn, show_progress=show_progress))
-            return _joined(parts)
+            segmenter = embedding()
+            return _joined([priors_of_episodes(segmenter, one, show_progress=show_progress) for one in drawn])
 
         kept = None if folder is None else folder / file
         if kept is not None and not resume:
             kept.unlink(missing_ok=True)
-        tensors = keep_tensors(
+        return keep_tensors(
             kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
         )
-        if not computed:  # the guard looks at what went into the file: its record is that of a run in one go
-            if not isinstance(embedding, FewShotSegmenter):
-                training_specs(data, split_of(described["trained_on"]), **embedding_draw)
-            for shots, count in _drawable(data, classes, counts):
-                specs = group_specs(data, classes, shots=shots, count=count, seed=seed + 1)
-                data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
-        return tensors
 
     found = list[dict[str, Tensor]]()
     for number, group in enumerate(groups):
         others = tuple(class_id for class_id in data.split.base if class_id not in group)
         untrained, name = build(len(others)), f"group{number}"
-        embedding = partial(embedded, untrained, others, name)
+        embedding = embedding_of(untrained, others, name)
         described = _model_settings(untrained, others)
         found.append(priors_of(f"{name}/priors.safetensors", embedding, described, group, decoder_episodes))
     unseen = stored = _joined(found)
-    segmenter = embedded(build(len(data.split.base)), data.split.base, "all")
+    segmenter = embedding_of(build(len(data.split.base)), data.split.base, "all")()
     if known_episodes:
         described = _model_settings(segmenter, data.split.base)
         file = "all/known_priors.safetensors"
-        known = priors_of(file, segmenter, described, data.split.base, known_episodes)
+        known = priors_of(file, lambda: segmenter, described, data.split.base, known_episodes)
         stored = _joined([unseen, known])
     if not isinstance(segmenter.decoder, ContextDecoder):
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")

@@ -129,7 +129,10 @@ def training_episodes(
     Raises:
         DataError: no base class, or no episodes of them.
     """
-    specs = training_specs(data, classes, shots=shots, count=count, seed=seed)
+    data.check_base()
+    pairs = data.pairs_to_train(classes)
+    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
+    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
     presets = [augment if support_augment is None else support_augment, augment]
     if set(presets) <= {"none"} or set(presets) <= {"mirror"}:
         _compute_features(data, specs, show_progress)
@@ -140,15 +143,6 @@ def training_episodes(
     ]
     dataset = EpisodeDataset(data.training_source, specs, *transforms, supports=supports)
     return LiveEpisodes(data.backbone, dataset, workers=workers)
-
-
-def training_specs(data: FoldData, classes: ClassSplit, *, shots: int, count: int, seed: int) -> Sequence[EpisodeSpec]:
-    """Which episodes `training_episodes` gives, looked at by the guard; loads nothing."""
-    data.check_base()
-    pairs = data.pairs_to_train(classes)
-    specs = draw(data, data.training_index, pairs, shots=shots, count=count, seed=seed, order="random")
-    data.guard.check_episodes(data, specs, data.training_masks.source, purpose="training")
-    return specs
 
 
 def held_out_episodes(

@@ -46,7 +46,7 @@ class LoadedSegmenter:
 
     Attributes:
         segmenter: in evaluation mode.
-        resolution: side of the square that it was trained at.
+        resolution: side of the square that photos are fitted into.
         notes: what the writer noted: data, protocol, fold, scores.
     """
 
@@ -146,7 +146,7 @@ def save_segmenter(
         path: target, usually ``model.safetensors``.
         segmenter: the model.
         backbone_weights: ``embedded``, ``random`` or a path: where loading finds the backbone's weights.
-        resolution: side of the square it was trained at.
+        resolution: side of the square that photos are fitted into where the user names no other.
         notes: JSON-able facts for the reader.
     """
     description = {

@@ -111,6 +111,7 @@ def evaluate_method(config: EvaluateConfig) -> int:
         "benchmark": benchmark_name(data),
         "protocol": data.protocol.name,
         "scoring": config.scoring,
+        "resolution": data.resolution,
         "fold": data.fold,
         "shots": config.shots,
         "ways": config.ways,
@@ -156,6 +157,8 @@ def report(config: ReportConfig) -> int:
 
 def _print_scores(config: EvaluateConfig, data: FoldData, result: IoUResult, results: dict[str, Any]) -> None:
     scoring = ", scored at original size" if config.scoring == "original" else ""
+    if data.resolution != data.protocol.resolution:
+        scoring += f", photos of {data.resolution} pixels (the protocol's: {data.protocol.resolution})"
     print(f"{title_of(config, data)}, protocol {data.protocol.name}{scoring}: {results['method']}\n")
     print(text_table(_class_table(result, data)))
     print(f"\n{result.episodes} episodes, threshold {results['threshold']:.3f} {results['threshold_origin']}")

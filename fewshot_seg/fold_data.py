@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,18 +88,36 @@ def open_fold(
         index_cache=None if cache is None else cache / "index",
         show_progress=show_progress,
     )
-    size, fit = resolution or lists.protocol.resolution, lists.protocol.fit
+    size = resolution or lists.protocol.resolution
+    return FoldData(**vars(lists), backbone=backbone, **_stores(lists, backbone, size, cache, byte_budget))
+
+
+def at_resolution(
+    data: FoldData, resolution: int, *, cache: Path | None = None, byte_budget: int = DEFAULT_BYTE_BUDGET
+) -> FoldData:
+    """The same lists, and the same guard, with photos fitted into squares of another size.
+
+    A model may be trained on small photos, which is cheap, and used on larger ones, which is better (docs/method.md).
+
+    Args:
+        data: from `open_fold`.
+        resolution: side of the square.
+        cache, byte_budget: as in `open_fold`.
+    """
+    return replace(data, **_stores(data, data.backbone, resolution, cache, byte_budget))
+
+
+def _stores(lists: FoldLists, backbone: Backbone, size: int, cache: Path | None, byte_budget: int) -> dict[str, Any]:
+    """Features and masks at a size, as `FoldData` has them."""
+    source, training_source, fit = lists.source, lists.training_source, lists.protocol.fit
     directory = None if cache is None else cache / "features"
     masks = MaskStore(source, size=size, fit=fit)
-    training_source = lists.training_source
-    return FoldData(
-        **vars(lists),
-        backbone=backbone,
-        store=FeatureStore(backbone, source, size=size, directory=directory, fit=fit, byte_budget=byte_budget),
-        masks=masks,
-        training_masks=masks if training_source is source else MaskStore(training_source, size=size, fit=fit),
-        resolution=size,
-    )
+    return {
+        "store": FeatureStore(backbone, source, size=size, directory=directory, fit=fit, byte_budget=byte_budget),
+        "masks": masks,
+        "training_masks": masks if training_source is source else MaskStore(training_source, size=size, fit=fit),
+        "resolution": size,
+    }
 
 
 def training_episodes(

@@ -43,7 +43,7 @@ class Method:
         segmenter: in evaluation mode, on its device.
         model: file of a trained model; None for a bare prior.
         name: for people, for example ``soft margin, training-free``, the model's path, or ``general (shipped)``.
-        resolution: side of the square it was trained at; None for a bare prior.
+        resolution: side of the square that its file asks for; None for a bare prior.
         notes: of the model file.
         threshold_origin: who chose the threshold; empty as long as nobody did.
     """

@@ -82,7 +82,7 @@ class Predictor:
 
     Args:
         segmenter: the model; put into evaluation mode.
-        resolution: side of the square that photos are fitted into, as in the model's training.
+        resolution: side of the square that photos are fitted into; the model's file says which.
         fit: how, as in the model's training.
         tile: for small objects in large photos: photos are also cut into overlapping tiles of so many pixels a side,
             and each is segmented like a photo. The logit is the mean of that of the whole photo and that of the tiles,

@@ -318,9 +318,10 @@ def run_training(config: TrainConfig, *, device: torch.device, show_progress: bo
         config.out / MODEL_NAME,
         trained.segmenter,
         backbone_weights=config.backbone_weights,
-        resolution=data.resolution,
+        resolution=config.photo_size or data.resolution,
         notes={
             **record["data"],
+            "trained_at": data.resolution,
             "source": data.source.name,
             "protocol": data.protocol.name,
             "fit": data.protocol.fit,

@@ -17,7 +17,7 @@ from episodes.sources import CocoSource, CompositeSource, JointSource, Synthetic
 from episodes.types import MaskSource, SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.evaluation import evaluate
-from fewshot_seg.fold_data import FoldData, open_fold, stored_episodes
+from fewshot_seg.fold_data import FoldData, at_resolution, open_fold, stored_episodes
 from fewshot_seg.metrics import IoUResult, mean_result
 from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shipped import GENERAL
@@ -36,6 +36,8 @@ TRAINING: dict[str, Any] = {
 """Arguments of `train_cross_fitted`."""
 PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 1024}
 """Fields of `custom_protocol`. Objects of fewer pixels than `min_area` are neither shown nor asked for."""
+BYTES = 12 * 2**30
+"""Of features, which are kept at both sizes."""
 CHECK_EPISODES = 300
 PARTS = 4
 """Classes are dealt to so many parts; a check leaves one of them out."""
@@ -76,6 +78,7 @@ def general_data(source: JointSource, backbone: Backbone, cache: Path, *, left_o
         fold=0,
         novel_classes=[source.class_names[class_id] for class_id in novel],
         cache=cache,
+        byte_budget=BYTES,
         show_progress=True,
     )
     part = 0 if left_out is None else (left_out + 1) % PARTS
@@ -93,16 +96,23 @@ def members_seen(source: JointSource, base: Sequence[int]) -> dict[str, list[int
 
 
 def check_general(
-    source: JointSource, backbone: Backbone, recipe: Recipe, cache: Path, folder: Path, parts: Sequence[int]
+    source: JointSource,
+    backbone: Backbone,
+    recipe: Recipe,
+    cache: Path,
+    folder: Path,
+    parts: Sequence[int],
+    photo_size: int,
 ) -> list[Record]:
     """Scores on classes that were left out of the training, on each data set's photos for evaluation.
 
-    One training a part. A score over several parts is their mean.
+    One training a part. A score over several parts is their mean. Photos are scored at `photo_size`.
     """
     found: dict[tuple[str, int, SupportKind], list[IoUResult]] = {}
     for part in parts:
         data = general_data(source, backbone, cache, left_out=part)
         segmenter = train_recipe(recipe, data, folder / f"check{part}").segmenter
+        data = at_resolution(data, photo_size, cache=cache, byte_budget=BYTES)
         for member in (one.name for one in source.members):
             for shots, kind in _asked(recipe):
                 result = _score_member(segmenter, data, member, shots, kind)

@@ -98,6 +98,13 @@ def render(source: Path, target: Path) -> None:
         if chosen:
             note = "What choices were made on: classes held out from the base classes, photos of the training split."
             lines += ["", "### Held-out base classes: mIoU, 1-shot", "", note, "", *_table(chosen)]
+        chosen = _select(of_data, task="selection of the size")
+        if chosen:
+            note = (
+                f"What the size of the photos was chosen on: base classes in photos of the training split, "
+                f"{chosen[0]['episodes']} episodes a fold, masks compared at the protocol's size."
+            )
+            lines += ["", "### Size of the photos: mIoU on base classes, 1-shot", "", note, "", *_table(chosen)]
         rivals = _select(of_data, task="rivals")
         if rivals:
             folds = sorted({record["fold"] for record in rivals} - {"mean"})

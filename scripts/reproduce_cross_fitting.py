@@ -1,11 +1,13 @@
-"""Score the cross-fitted models of PASCAL-5i and what each of their parts is worth; records of docs/results.json.
+"""What each part of the cross-fitted models of PASCAL-5i is worth; records of docs/results.json.
 
     python scripts/train_weights.py --voc ../shared/data/VOCdevkit/VOC2012 --only pascal-fold0 pascal-fold1 ...
     python scripts/reproduce_cross_fitting.py --root ../shared/data/VOCdevkit/VOC2012
 
-The first trains (and ships) the four models; the second reads their run folders. Every ablation is a decoder trained
-anew, with the same steps and seed, on the same stored priors but for what it does without. It reads the same embedding
-of the same test episodes. Interrupted runs go on where they stopped: finished cells are kept under --out.
+The first trains (and ships) the four models; the second reads their run folders. The models themselves are scored by
+scripts/reproduce_sizes.py; here all is at the size of the training, without guided upsampling. Every ablation is a
+decoder trained anew, with the same steps and seed, on the same stored priors but for what it does without. It reads
+the same embedding of the same test episodes. Interrupted runs go on where they stopped: finished cells are kept under
+--out.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ from fewshot_seg.runs import MODEL_NAME, benchmark_name
 from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import EVIDENCE_MAPS, FewShotSegmenter
 
-OURS = "ours, cross-fitted"
 PLAIN = "ours without guided upsampling"
 MAPS = (*PRIOR_CHANNELS, *EVIDENCE_MAPS)
 WITHOUT: dict[str, tuple[str, ...]] = {
@@ -139,24 +140,6 @@ def scores(
     return [record for name, one in found.items() for record in records_of(name, shots, one, data)]
 
 
-def score_fold(fold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of a fold: the model's own scores, and the ablations, whose finished cells are kept."""
-    folder = arguments.runs / PASCAL_NAMES[fold]
-    known = [of_card(score) for score in read_json(folder / "scores-all.json", what="scores of train_weights.py")]
-    records = [record for records in known for record in records]
-    return records if arguments.no_ablations else records + ablate_fold(fold, folder, arguments)
-
-
-def of_card(score: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A score of `train_weights.py` as records."""
-    common = {name: score[name] for name in ("task", "data", "fold", "shots", "support", "episodes")} | {"method": OURS}
-    return [
-        common | {"metric": "mIoU", "value": score["value"], "low": score["low"], "high": score["high"]},
-        common | {"metric": "FB-IoU", "value": score["fb_iou"]},
-        *(common | {"metric": f"IoU: {name}", "value": iou} for name, iou in score["per_class"].items()),
-    ]
-
-
 def ablate_fold(fold: int, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of what the model does without one part or another."""
     data = pascal_data(arguments.root, fold, open_backbone("cpu"), arguments.cache)
@@ -188,8 +171,7 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/cross-fitting"), help="finished cells")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(4)))
-    parser.add_argument("--shots", type=int, nargs="+", default=[1], help="of the ablations")
-    parser.add_argument("--no-ablations", action="store_true", help="only the scores that train_weights.py took")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1], help="of the test episodes")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--quick", action="store_true", help="a few steps and episodes; records nothing")
     return parser.parse_args(given)
@@ -200,7 +182,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     if arguments.quick:
         arguments.out = arguments.out / "quick"
-    per_fold = [score_fold(fold, arguments) for fold in arguments.folds]
+    per_fold = [ablate_fold(fold, arguments.runs / PASCAL_NAMES[fold], arguments) for fold in arguments.folds]
     if arguments.quick or sorted(arguments.folds) != list(range(4)):
         return
     common = {"protocol": "hsnet", "seeds": [0], **provenance()}

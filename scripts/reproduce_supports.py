@@ -6,8 +6,9 @@
 
 One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot: by default the small joint
 model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted
-the recipe of the shipped models, whose threshold is 0. Beside it stands the bare soft margin with nothing trained at
-all, 1-shot (not with --no-bare). Interrupted runs go on where they stopped. docs/results.md is written at the end.
+the recipe of the shipped models, whose threshold is 0 and which are used on larger photos than they are trained on.
+Beside it stands the bare soft margin with nothing trained at all, 1-shot (not with --no-bare). Interrupted runs go on
+where they stopped. docs/results.md is written at the end.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from general_model import BYTES
 from render_results import fold_means, merge_records, provenance, render
-from train_weights import MODEL, TRAINING
+from train_weights import MODEL, PHOTO_SIZE, TRAINING
 from weight_runs import BACKBONE
 
 from episodes.episode_files import fingerprint_episodes
@@ -35,7 +37,7 @@ from fewshot_seg.config import default_cache
 from fewshot_seg.cross_fitted_fold import train_cross_fitted
 from fewshot_seg.evaluation import choose_threshold, evaluate
 from fewshot_seg.experiment import train_fold
-from fewshot_seg.fold_data import FoldData, evaluation_episodes, held_out_episodes, open_fold
+from fewshot_seg.fold_data import FoldData, at_resolution, evaluation_episodes, held_out_episodes, open_fold
 from fewshot_seg.runs import benchmark_name
 from fewshot_seg.runtime import read_json, write_json
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
@@ -43,7 +45,7 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 MIX: tuple[SupportKind, ...] = ("label", "label", *SUPPORT_KINDS)
 """What supports of training episodes are marked by: image-level labels, the hardest, come three times in seven."""
 TRAINED = "ours, trained on all kinds of supports"
-CROSS_FITTED = "ours, cross-fitted on all kinds of supports"
+CROSS_FITTED = f"ours, cross-fitted on all kinds of supports, photos at {PHOTO_SIZE}"
 BARE = "soft margin alone, training-free"  # as reproduce_pascal calls it
 EPISODES = {1: 1000, 5: 500}
 """Episodes by shots; those of 5 supports take three times as long."""
@@ -58,7 +60,8 @@ def main() -> None:
     common = {"root": arguments.root, "out": arguments.out, "cache": arguments.cache, "quick": arguments.quick}
     # features first, in one process: two would compute the same ones
     backbone = build_backbone(**BACKBONE) if cross_fitted else build_backbone()
-    data = open_fold(source, backbone, protocol, fold=0, cache=arguments.cache, show_progress=True)
+    cache = {"cache": arguments.cache, "byte_budget": BYTES}
+    data = open_fold(source, backbone, protocol, fold=0, **cache, show_progress=True)
     data.store.ensure([*data.training_index.image_ids, *data.evaluation_index.image_ids], show_progress=True)
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")
@@ -97,7 +100,7 @@ def _arguments() -> argparse.Namespace:
 
 def _open(fold: int, root: Path, cache: Path, **backbone: Any) -> FoldData:
     protocol = get_protocol("hsnet", "pascal")
-    return open_fold(VocSource(root), build_backbone(**backbone), protocol, fold=fold, cache=cache)
+    return open_fold(VocSource(root), build_backbone(**backbone), protocol, fold=fold, cache=cache, byte_budget=BYTES)
 
 
 def _counts(episodes: int | None) -> dict[int, int]:
@@ -107,7 +110,7 @@ def _counts(episodes: int | None) -> dict[int, int]:
 def _cross_fitted(
     fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: int | None
 ) -> list[dict[str, Any]]:
-    """The recipe of the shipped models, but for the supports."""
+    """The recipe of the shipped models, but for the supports; used at the same size."""
     data, folder = _open(fold, root, cache, **BACKBONE), out / f"cross-fitted{fold}"
     model = folder / "model.safetensors"
     if not model.exists():
@@ -116,10 +119,10 @@ def _cross_fitted(
         recipe = {**TRAINING, "supports": MIX, **few}
         trained = train_cross_fitted(build, data, folder=folder, resume=True, show_progress=True, **recipe)
         notes = {"source": data.source.name, "fold": fold, "base_classes": data.split.base, "supports": MIX}
-        resolution = data.resolution
-        save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=resolution, notes=notes)
+        save_segmenter(model, trained.segmenter, backbone_weights="embedded", resolution=PHOTO_SIZE, notes=notes)
     segmenter = load_segmenter(model).segmenter
-    records = _cells(data, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
+    scored = at_resolution(data, PHOTO_SIZE, cache=cache, byte_budget=BYTES)
+    records = _cells(scored, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
     return [record | {"fold": fold} for record in records]
 
 

@@ -28,7 +28,7 @@ from fewshot_seg.backbones import Backbone
 from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.config import default_cache
 from fewshot_seg.evaluation import evaluate
-from fewshot_seg.fold_data import FoldData, evaluation_episodes, open_fold
+from fewshot_seg.fold_data import FoldData, at_resolution, evaluation_episodes, open_fold
 from fewshot_seg.runs import MODEL_NAME, benchmark_name
 from fewshot_seg.runtime import atomic_path, git_commit
 from fewshot_seg.shipped import GENERAL, ShippedModel, file_digest, shipped_models, weights_folder, write_manifest
@@ -44,8 +44,10 @@ TRAINING: dict[str, Any] = {
 }
 """Arguments of `train_cross_fitted`."""
 RESOLUTION: int | None = None
-"""Side of the square; None is the protocol's."""
-
+"""Side of the square in training; None is the protocol's."""
+PHOTO_SIZE = 560
+"""Side of the square that shipped models fit photos into: larger than in training, chosen on base classes by
+scripts/reproduce_sizes.py (docs/method.md)."""
 PASCAL_NAMES = tuple(f"pascal-fold{fold}" for fold in range(4))
 NAMES = (*PASCAL_NAMES, GENERAL)
 
@@ -53,7 +55,10 @@ NAMES = (*PASCAL_NAMES, GENERAL)
 def pascal_data(voc: Path, fold: int, backbone: Backbone, cache: Path) -> FoldData:
     """A fold of PASCAL-5i by protocol hsnet."""
     protocol = get_protocol("hsnet", "pascal")
-    return open_fold(VocSource(voc), backbone, protocol, fold=fold, resolution=RESOLUTION, cache=cache)
+    source = VocSource(voc)
+    return open_fold(
+        source, backbone, protocol, fold=fold, resolution=RESOLUTION, cache=cache, byte_budget=general_model.BYTES
+    )
 
 
 def score_pascal(model: Path, data: FoldData, count: int | None) -> list[Record]:
@@ -102,10 +107,11 @@ def make_pascal(fold: int, arguments: argparse.Namespace, backbone: Backbone) ->
     folder = arguments.runs / name
     recipe = Recipe(model=MODEL, training=TRAINING).with_steps(arguments.steps)
     data = pascal_data(arguments.voc, fold, backbone, arguments.cache)
-    record = train_model(recipe, data, folder, {})
+    record = train_model(recipe, data, folder, {}, PHOTO_SIZE)
+    scored = at_resolution(data, PHOTO_SIZE, cache=arguments.cache, byte_budget=general_model.BYTES)
     scores = kept_scores(
-        folder / f"scores-{arguments.episodes or 'all'}.json",
-        partial(score_pascal, folder / MODEL_NAME, data, arguments.episodes),
+        folder / f"scores-{PHOTO_SIZE}-{arguments.episodes or 'all'}.json",
+        partial(score_pascal, folder / MODEL_NAME, scored, arguments.episodes),
     )
     novel = [data.source.class_names[class_id] for class_id in data.split.novel]
     photos = {"voc": len(data.training_index.image_ids)}
@@ -120,7 +126,8 @@ def make_general(arguments: argparse.Namespace, backbone: Backbone) -> None:
     recipe = Recipe(model=general_model.MODEL, training=general_model.TRAINING).with_steps(arguments.steps)
     source = general_model.joint_source(arguments.voc, arguments.coco, composites=arguments.composites)
     data = general_model.general_data(source, backbone, arguments.cache)
-    record = train_model(recipe, data, folder, {"members": general_model.members_seen(source, data.split.base)})
+    members = general_model.members_seen(source, data.split.base)
+    record = train_model(recipe, data, folder, {"members": members}, PHOTO_SIZE)
     checked = recipe.with_steps(arguments.check_steps)
     steps = checked.training["steps"]
     check = partial(
@@ -131,8 +138,10 @@ def make_general(arguments: argparse.Namespace, backbone: Backbone) -> None:
         arguments.cache,
         folder,
         range(arguments.check),
+        PHOTO_SIZE,
     )
-    scores = kept_scores(folder / f"scores-{arguments.check}x{steps}.json", check) if arguments.check else []
+    kept = folder / f"scores-{PHOTO_SIZE}-{arguments.check}x{steps}.json"
+    scores = kept_scores(kept, check) if arguments.check else []
     ids = data.training_index.image_ids
     photos = {member: sum(one.startswith(f"{member}/") for one in ids) for member in source.sources}
     facts = Facts(

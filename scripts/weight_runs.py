@@ -60,8 +60,8 @@ def train_recipe(recipe: Recipe, data: FoldData, folder: Path) -> TrainedFold:
     return train_cross_fitted(build, data, folder=folder, resume=True, show_progress=True, **recipe.training)
 
 
-def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str, Any]) -> Record:
-    """Train into a run folder unless that is done; its record.
+def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str, Any], photo_size: int) -> Record:
+    """Train into a run folder unless that is done; its record. `photo_size` is what the model asks for when it is used.
 
     Raises:
         DataError: the folder holds a run of another recipe or other data.
@@ -79,6 +79,7 @@ def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str
     results = {
         "threshold": trained.segmenter.threshold,
         "held_out_miou": trained.held_out_miou,
+        "trained_at": data.resolution,
         "steps": trained.result.steps,
         "seconds": trained.result.seconds,
         "parameters": sum(parameter.numel() for parameter in trained.segmenter.trainable_parameters()),
@@ -97,7 +98,7 @@ def train_model(recipe: Recipe, data: FoldData, folder: Path, notes: Mapping[str
         folder / MODEL_NAME,
         trained.segmenter,
         backbone_weights=str(BACKBONE["weights"]),
-        resolution=data.resolution,
+        resolution=photo_size,
         notes={**common, **notes, **results},
     )
     write_json(folder / RUN_NAME, record | {"results": results})

@@ -157,6 +157,11 @@ class TrainConfig(DataSettings, CacheSettings, SpeedSettings):
     decoder_width: int = setting("hidden channels of the decoder, a multiple of 8", 48, minimum=8)
     decoder_blocks: int = setting("residual blocks of the decoder", 4, minimum=0)
     resolution: int | None = setting("side of the square photos (default: the protocol's)", None, minimum=32)
+    photo_size: int | None = setting(
+        "side of the square photos that the trained model asks for when it is used (default: that of the training)",
+        None,
+        minimum=32,
+    )
     seed: int = setting("seed of weights, episodes and dropout", 0, minimum=0)
     checkpoint_every: int = setting("steps between checkpoints", 100, minimum=1)
     resume: bool = setting("go on with an interrupted run in --out", False)

@@ -23,6 +23,7 @@ import fewshot_seg.training
 from episodes.sources import SyntheticSource
 from episodes.types import DataError
 from fewshot_seg import cli
+from fewshot_seg.checkpoint import load_segmenter
 from fewshot_seg.cli import main
 from fewshot_seg.config import (
     Config,
@@ -110,9 +111,11 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_train_evaluate_explain_predict(tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, root = tmp_path / "run", ["--root", str(tiny_voc)]
-    assert train(tiny_voc, run) == 0
+    assert train(tiny_voc, run, "--photo-size", "96") == 0
     model = run / "model.safetensors"
     assert f"model: {model}" in capsys.readouterr().out
+    loaded = load_segmenter(model)  # trained on small photos, to be used on larger ones
+    assert (loaded.notes["trained_at"], loaded.resolution) == (64, 96)
     record = read(run / "run.json")
     assert record["configuration"]["steps"] == 4
     assert record["protocol"]["name"] == "hsnet"
@@ -126,7 +129,8 @@ def test_train_evaluate_explain_predict(tiny_voc: Path, tmp_path: Path, capsys: 
     scored = tmp_path / "scored"
     assert main(["evaluate", *root, "--model", str(model), "--out", str(scored), "--count", "12", "--shots", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "PASCAL-5i/32, fold 0, 2-shot, protocol hsnet" in printed
+    heading = "PASCAL-5i/32, fold 0, 2-shot, protocol hsnet, photos of 96 pixels (the protocol's: 400): "
+    assert heading in printed
     evaluation = read(scored / "evaluation.json")
     assert list(evaluation["per_class"]) == ["aeroplane", "bicycle"]
     assert f"mIoU       {evaluation['miou'][0]:5.1f}".split() == next(
@@ -134,6 +138,7 @@ def test_train_evaluate_explain_predict(tiny_voc: Path, tmp_path: Path, capsys: 
     )
     assert evaluation["miou"][0] == pytest.approx(np.mean(list(evaluation["per_class"].values())))
     assert evaluation["threshold"] == record["results"]["threshold"]
+    assert evaluation["resolution"] == 96
     assert len(evaluation["episodes"]) == 12
     assert all(len(episode["support_ids"]) == 2 for episode in evaluation["episodes"])
     assert read(scored / "run.json")["results"]["miou"] == evaluation["miou"]
@@ -237,6 +242,7 @@ def test_train_by_cross_fitting_and_evaluate(
     data = ["--data", "synthetic", "--count", "6", "--shots", "2", "--support-cells", "20"]
     assert main(["evaluate", *data, "--model", model, "--out", str(scored)]) == 0
     evaluation = read(scored / "evaluation.json")
+    assert evaluation["resolution"] == 64  # where nothing else is asked for, that of the training
     assert evaluation["threshold"] == 0
     assert 0 <= evaluation["miou"][0] <= 100
     assert len(evaluation["episodes"]) == 6

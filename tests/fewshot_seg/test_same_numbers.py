@@ -21,7 +21,7 @@ from fewshot_seg.cross_fitted_fold import train_cross_fitted
 from fewshot_seg.evaluation import evaluate
 from fewshot_seg.experiment import train_fold
 from fewshot_seg.features import FeatureStore
-from fewshot_seg.fold_data import FoldData, evaluation_episodes, open_fold
+from fewshot_seg.fold_data import FoldData, at_resolution, evaluation_episodes, group_episodes, open_fold
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 
 LOGITS = {"atol": 1e-5, "rtol": 1e-5}
@@ -35,7 +35,9 @@ def _quick_base_learner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(root: Path, backbone: Backbone, cache: Path | None = None, **options: Any) -> FoldData:
-    return open_fold(VocSource(root), backbone, get_protocol("hsnet"), fold=0, resolution=64, cache=cache, **options)
+    return open_fold(
+        VocSource(root), backbone, get_protocol("hsnet"), fold=0, cache=cache, **{"resolution": 64, **options}
+    )
 
 
 def joint(data: FoldData, **options: Any) -> FewShotSegmenter:
@@ -176,3 +178,20 @@ def logits_of(segmenter: FewShotSegmenter, data: FoldData, size: int) -> Tensor:
         support = segmenter.encode_support_levels(batch.support_levels, batch.support_masks, batch.support_dense)
         found.append(segmenter.segment_levels(support, batch.query_levels, (64, 64)).logits)
     return torch.cat(found)
+
+
+def test_a_fold_at_another_size_is_that_fold_opened_at_it(shared_voc: Path, tiny_backbone: Backbone) -> None:
+    small = opened(shared_voc, tiny_backbone)
+    large, expected = at_resolution(small, 96), opened(shared_voc, tiny_backbone, resolution=96)
+    assert (small.resolution, large.resolution, large.guard) == (64, 96, small.guard)
+    assert large.fingerprint == expected.fingerprint
+    for ask in (
+        lambda data: evaluation_episodes(data, shots=2, count=4),
+        lambda data: group_episodes(data, data.split.base, shots=1, count=4, seed=0),
+    ):
+        for one, other in zip(ask(large).batches(2), ask(expected).batches(2), strict=True):
+            assert one.specs == other.specs
+            assert torch.equal(one.query_masks, other.query_masks)
+            assert one.query_masks.shape[-1] == 96
+            for level, same in zip(one.support_levels, other.support_levels, strict=True):
+                assert torch.equal(level, same)

@@ -73,6 +73,7 @@ def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(recipes, "TRAINING", recipes.TRAINING | _SHORT)
         monkeypatch.setattr(recipes, "SHOTS", (1,))
     monkeypatch.setattr(module, "RESOLUTION", 64)
+    monkeypatch.setattr(module, "PHOTO_SIZE", 96)
     monkeypatch.setattr(general, "PROTOCOL", {"resolution": 64, "scoring_size": 64, "min_area": 40})
     monkeypatch.setattr(general, "CHECK_EPISODES", 6)
     monkeypatch.setattr(general, "SyntheticSource", FewPictures)
@@ -97,6 +98,9 @@ def test_a_fold_and_the_general_model(
     assert (fold.name, general.name) == ("pascal-fold1", GENERAL)
     assert verify_shipped() == []
     assert fold.scores[0]["episodes"] == 6
+    for model in (fold, general):  # trained on small photos, scored and used on larger ones
+        assert model.resolution == 96
+        assert load_segmenter(out / model.file).notes["trained_at"] == 64
     assert fold.command.endswith("--only pascal-fold1")
     assert {score["data"] for score in general.scores} == {
         f"{member}, classes left out" for member in ("voc", "coco", "synthetic")

@@ -113,7 +113,9 @@ def _use(entry: ShippedModel) -> str:
 def _trained_on(entry: ShippedModel, facts: Facts) -> str:
     lines = [f"- {_SOURCES.get(member, member)}: {count} photos" for member, count in facts.photos.items() if count]
     side = facts.record["results"]["trained_at"]
-    lines.append(f"- {facts.classes} classes; episodes by protocol `{entry.protocol}`, photos of {side} x {side} pixels")
+    lines.append(
+        f"- {facts.classes} classes; episodes by protocol `{entry.protocol}`, photos of {side} x {side} pixels"
+    )
     if facts.general:
         lines.append(
             "- Classes of one concept in VOC and COCO are one class (tvmonitor = tv and so on); the photos that the "

@@ -107,11 +107,12 @@ def render(source: Path, target: Path) -> None:
             lines += ["", "### Size of the photos: mIoU on base classes, 1-shot", "", note, "", *_table(chosen)]
         rivals = _select(of_data, task="rivals")
         if rivals:
-            folds = sorted({record["fold"] for record in rivals} - {"mean"})
-            alone = folds[0] if len(folds) == 1 else "mean"
-            shown = "Means over folds" if alone == "mean" else f"Fold {alone} alone"
-            note = f"{shown}, {max(record['episodes'] for record in rivals)} episodes of a fold; {_RIVALS}"
-            lines += ["", "### Rivals", "", note, "", *_rival_table(_select(rivals, fold=alone))]
+            folds = {record["fold"] for record in rivals}
+            of_a_fold = max(record["episodes"] for record in rivals if record["fold"] != "mean")
+            lines += ["", "### Rivals", "", f"{of_a_fold} episodes of a fold; {_RIVALS}"]
+            for fold in ["mean"] if "mean" in folds else sorted(folds):
+                shown = "Means over folds:" if fold == "mean" else f"Fold {fold} alone:"
+                lines += ["", shown, "", *_rival_table(_select(rivals, fold=fold))]
         explained = _select(of_data, task="explainers")
         if explained:
             lines += ["", "### Explainers", "", _explainers_note(explained), "", *_explainer_tables(explained)]

@@ -94,10 +94,6 @@ def test_folds_may_be_recorded_one_after_another(script: ModuleType, small: list
     once = [*small[: small.index("--results")], "--results", str(tmp_path / "once.json")]
     script.main([*once, *small[small.index("--results") + 2 :], "--record"])
     assert values(tmp_path / "results.json") == values(tmp_path / "once.json")
-    assert script.fold_means(script._of_all_folds([one | {"fold": 0} for one in [{**_OF_A_FOLD}]])) == []
-
-
-_OF_A_FOLD = {"data": "D", "task": "rivals", "shots": 1, "method": "M", "metric": "mIoU", "episodes": 4, "fold": 0}
 
 
 def test_nothing_is_recorded_without_ours(

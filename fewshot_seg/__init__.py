@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
     from fewshot_seg.embedding import ImageEmbedder
     from fewshot_seg.embedding_attention import GradientAttention
+    from fewshot_seg.encodings import Prediction, SupportEncoding
     from fewshot_seg.prediction import PhotoPrediction, Predictor
     from fewshot_seg.predictors import open_predictor
-    from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding, build_segmenter, training_free
+    from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
     from fewshot_seg.similarity import SimilarityNetwork
 
 __all__ = [

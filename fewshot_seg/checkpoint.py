@@ -1,8 +1,8 @@
 """Models and training states as safetensors files that describe themselves; no pickle.
 
-A model file holds the similarity network, the decoder, the completion of weak supports if it was trained, and the base
-learner if there is one. The backbone is frozen and is not stored: its name, strides and fingerprint are, and loading
-fails when the weights at hand are others.
+A model file holds the similarity network, the decoder, the completion of weak supports and their decoder if they were
+trained, and the base learner if there is one. The backbone is frozen and is not stored: its name, strides and
+fingerprint are, and loading fails when the weights at hand are others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,10 @@ _MOST = 1_000_000
 _LARGEST = 1e6
 _USUAL_SIZE = 4096  # of a layer; larger ones only if a tensor has that side
 _MOST_RESOLUTION = 4096
+_FURTHER: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"completion": SupportCompletion, "weak_decoder": ContextDecoder, "base_learner": BaseLearner}
+)
+"""Parts that a model may have beside similarity network and decoder."""
 _DECODERS: dict[str, type[Decoder]] = {"context": ContextDecoder, "mask": MaskDecoder, "readout": PriorReadout}
 
 
@@ -79,7 +84,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
-    """Tensors of the similarity network, the decoder, completion and base learner (if any), by qualified name."""
+    """Tensors of the similarity network, the decoder and what else there is, by qualified name."""
     return {
         f"{part}.{name}": tensor
         for part in _parts(segmenter)
@@ -88,8 +93,7 @@ def trained_tensors(segmenter: FewShotSegmenter) -> dict[str, Tensor]:
 
 
 def _parts(segmenter: FewShotSegmenter) -> tuple[str, ...]:
-    further = ("completion", "base_learner")
-    return ("similarity", "decoder", *(part for part in further if getattr(segmenter, part) is not None))
+    return ("similarity", "decoder", *(part for part in _FURTHER if getattr(segmenter, part) is not None))
 
 
 def load_trained_tensors(segmenter: FewShotSegmenter, tensors: Mapping[str, Tensor], *, where: Path) -> None:
@@ -164,6 +168,7 @@ def describe_segmenter(segmenter: FewShotSegmenter) -> dict[str, Any]:
         "similarity_rank": segmenter.similarity.rank,
         "decoder": {"kind": _kind_of(segmenter.decoder), **segmenter.decoder.description()},
         "completion": None if segmenter.completion is None else segmenter.completion.description(),
+        "weak_decoder": None if segmenter.weak_decoder is None else segmenter.weak_decoder.description(),
         "base_learner": None if segmenter.base_learner is None else segmenter.base_learner.description(),
         "guided": segmenter.guided,
         "prior": segmenter.prior,
@@ -235,18 +240,21 @@ def _described(path: Path) -> Iterator[None]:
 def _parts_of(
     description: Mapping[str, Any], channels: Sequence[int], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Any]:
-    """Similarity network, decoder, completion and base learner, untrained."""
+    """Similarity network, decoder and what else there is, untrained."""
     rank = _whole(description, "similarity_rank")
     makers: dict[str, Callable[[], nn.Module]] = {
         "similarity": lambda: SimilarityNetwork(channels, rank=rank),
         "decoder": lambda: _decoder_of(description["decoder"]),
     }
-    if description.get("completion") is not None:
-        makers["completion"] = lambda: SupportCompletion(**description["completion"])
-    if description.get("base_learner") is not None:
-        makers["base_learner"] = lambda: BaseLearner(**description["base_learner"])
-    _check_sizes([description["decoder"], description.get("completion"), description.get("base_learner")], tensors)
+    for part, kind in _FURTHER.items():
+        if description.get(part) is not None:
+            makers[part] = partial(_made, kind, description[part])
+    _check_sizes([description["decoder"], *(description.get(part) for part in _FURTHER)], tensors)
     return _sized_as_stored(makers, tensors, path)
+
+
+def _made(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    return kind(**arguments)
 
 
 def _sized_as_stored(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fewshot_seg.fold_data import (
     training_episodes,
 )
 from fewshot_seg.metrics import EpisodeIoU
+from fewshot_seg.optimisation import TrainingResult
 from fewshot_seg.segmenter import FewShotSegmenter
 
 
@@ -90,13 +92,14 @@ def train_cross_fitted(
         data: from `open_fold`.
         steps, batch_size, learning_rate, weight_decay: of every embedding.
         decoder_steps: of the decoder.
-        decoder_episodes: (shots, number of episodes per group) that the decoder is trained on.
+        decoder_episodes: (shots, number of episodes per group) that the decoder is trained on, marked by masks. If
+            `supports` names other marks, as many of these are drawn, and a second decoder learns from all of them.
         known_episodes: (shots, number of episodes) of all base classes, by the embedding trained on them, that the
             decoder is trained on as well: for a model that will be asked for known classes, too.
         supports, augment, support_augment, workers: see `training_episodes`.
         seed: of everything drawn.
         checkpoint_every: steps between checkpoints.
-        folder: embeddings go to its subfolders ``group0`` ... and ``all``, the decoder to ``decoder``.
+        folder: embeddings go to its subfolders ``group0`` ... and ``all``, decoders to ``decoder``, ``weak_decoder``.
         resume: go on from checkpoints.
         show_progress: bars on stderr.
 
@@ -166,16 +169,35 @@ def train_cross_fitted(
 
         return embedded
 
+    weak = tuple(kind for kind in supports if kind != "mask")
+    marks: dict[str, tuple[SupportKind, ...]] = {"priors": ("mask",)}
+    if weak:
+        marks["weak_priors"] = weak
+
     def priors_of(
         file: str,
         embedding: Callable[[], FewShotSegmenter],
         described: dict[str, Any],
         classes: tuple[int, ...],
         counts: Sequence[tuple[int, int]],
+    ) -> dict[str, dict[str, Tensor]]:
+        """Priors of episodes of some classes, by each set of `marks`, from files if they are there."""
+        trained, asked = functools.cache(embedding), (classes, counts)
+        return {
+            name: of_kinds(file.format(name), trained, described | ({"marks": kinds} if weak else {}), kinds, asked)
+            for name, kinds in marks.items()
+        }
+
+    def of_kinds(
+        file: str,
+        embedding: Callable[[], FewShotSegmenter],
+        described: dict[str, Any],
+        kinds: Sequence[SupportKind],
+        asked: tuple[tuple[int, ...], Sequence[tuple[int, int]]],
     ) -> dict[str, Tensor]:
-        """Priors of episodes of some classes, from the file if they are there."""
+        classes, counts = asked
         drawn = [
-            group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=supports)
+            group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=kinds)
             for shots, count in _drawable(data, classes, counts)
         ]
 
@@ -190,32 +212,39 @@ def train_cross_fitted(
             kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
         )
 
-    found = list[dict[str, Tensor]]()
+    found = list[dict[str, dict[str, Tensor]]]()
     for number, group in enumerate(groups):
         others = tuple(class_id for class_id in data.split.base if class_id not in group)
         untrained, name = build(len(others)), f"group{number}"
         embedding = embedding_of(untrained, others, name)
         described = _model_settings(untrained, others)
-        found.append(priors_of(f"{name}/priors.safetensors", embedding, described, group, decoder_episodes))
-    unseen = stored = _joined(found)
+        found.append(priors_of(f"{name}/{{}}.safetensors", embedding, described, group, decoder_episodes))
+    unseen = _joined([one["priors"] for one in found])
     segmenter = embedding_of(build(len(data.split.base)), data.split.base, "all")()
     if known_episodes:
         described = _model_settings(segmenter, data.split.base)
-        file = "all/known_priors.safetensors"
-        known = priors_of(file, lambda: segmenter, described, data.split.base, known_episodes)
-        stored = _joined([unseen, known])
-    if not isinstance(segmenter.decoder, ContextDecoder):
-        raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")
+        file = "all/known_{}.safetensors"
+        found.append(priors_of(file, lambda: segmenter, described, data.split.base, known_episodes))
     asked = [(group, decoder_episodes) for group in groups] + [(data.split.base, known_episodes)]
-    result = train_decoder(
-        segmenter.decoder,
-        stored,
-        steps=decoder_steps,
-        seed=seed,
-        name=lambda number: spec_to_json(_stored_spec(data, asked, seed + 1, number)),
-        folder=None if folder is None else folder / "decoder",
-        **run,
-    )
+
+    def trained_decoder(part: str, names: Sequence[str]) -> TrainingResult:
+        """Trains one of the model's decoders on some sets of priors."""
+        decoder = getattr(segmenter, part)
+        if not isinstance(decoder, ContextDecoder):
+            raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")
+        return train_decoder(
+            decoder,
+            _joined([one[name] for name in names for one in found]),
+            steps=decoder_steps,
+            seed=seed,
+            name=lambda number: spec_to_json(_stored_spec(data, asked * len(names), seed + 1, number)),
+            folder=None if folder is None else folder / part,
+            **run,
+        )
+
+    result = trained_decoder("decoder", ["priors"])
+    if weak and segmenter.weak_decoder is not None:
+        trained_decoder("weak_decoder", list(marks))
     segmenter.threshold = 0.0
     miou = _cell_miou(segmenter.eval().decoder, unseen)
     return TrainedFold(segmenter=segmenter, selection=None, held_out_miou=miou, result=result)

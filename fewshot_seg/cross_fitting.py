@@ -23,11 +23,12 @@ from fewshot_seg.base_learner import BaseLearner, base_class_loss
 from fewshot_seg.checkpoint import read_tensors, write_tensors
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.encoded_photos import EncodedPhotos
+from fewshot_seg.encodings import PhotoMaps
 from fewshot_seg.episode_logits import batches_with_progress
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.optimisation import Plan, TrainingResult, optimise
 from fewshot_seg.priors import log_density_ratio
-from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import cell_weights, join_levels
 from fewshot_seg.trainee import NamedModules
 from fewshot_seg.training import metric_loss, weak_support_loss
@@ -36,27 +37,31 @@ from fewshot_seg.training import metric_loss, weak_support_loss
 def embedding_losses(segmenter: FewShotSegmenter, batch: FeatureBatch) -> dict[str, Tensor]:
     """Metric loss of the similarity network and loss of the completion; the decoder takes no part.
 
+    The metric loss compares with the supports' masks, also with those behind weak marks: what an embedding learns from
+    guesses does not help it to complete them, and costs what it knows of masks.
+
     Returns:
         ``loss``, their sum, and each of them.
     """
     shots = batch.support_masks.shape[1]
     supports, queries = join_levels(batch.support_levels), join_levels(batch.query_levels)
-    with torch.no_grad():  # the similarity network learns through `cosines`
-        turned, turned_queries = segmenter.similarity.turn(supports), segmenter.similarity.turn(queries)
-    encoded = segmenter.encode_support_photos(
-        PhotoMaps(cells=turned, frozen=supports), batch.support_masks, batch.support_dense
-    )
     height, width = queries.shape[2:]
     cosine = segmenter.similarity.cosines(
         queries.flatten(2).transpose(1, 2),
         supports.reshape(-1, shots, *supports.shape[1:]).movedim(2, -1).flatten(1, 3),
     )
-    margin = log_density_ratio(
-        cosine, encoded.foreground, encoded.background, temperature=segmenter.temperature
-    ).reshape(-1, height, width)
+    sides = (
+        side.reshape(len(queries), -1) for side in cell_weights(batch.support_truth.flatten(0, 1), (height, width))
+    )
+    margin = log_density_ratio(cosine, *sides, temperature=segmenter.temperature).reshape(-1, height, width)
     metric = metric_loss(margin, batch.query_masks)
     completion = torch.zeros_like(metric)
     if segmenter.completion is not None:
+        with torch.no_grad():  # the similarity network learns through `cosines`
+            turned, turned_queries = segmenter.similarity.turn(supports), segmenter.similarity.turn(queries)
+        encoded = segmenter.encode_support_photos(
+            PhotoMaps(cells=turned, frozen=supports), batch.support_masks, batch.support_dense
+        )
         objectness = segmenter.objectness(turned_queries, queries)
         completion = weak_support_loss(batch, encoded, objectness, int((~batch.support_dense).sum()))
     return {"loss": metric + completion, "metric_loss": metric.detach(), "completion_loss": completion.detach()}
@@ -134,7 +139,7 @@ def train_base_learner(
 def priors_of_episodes(
     segmenter: FewShotSegmenter, episodes: FeatureEpisodes, *, batch_size: int = 10, show_progress: bool = False
 ) -> dict[str, Tensor]:
-    """What the decoder reads of every episode, and what it should answer.
+    """What the decoder reads of every episode at first sight, and what it should answer.
 
     Returns:
         ``priors`` float16 (N, P, h, w); ``foreground`` and ``background`` float16 (N, h, w), shares of the query's
@@ -145,7 +150,7 @@ def priors_of_episodes(
     found: dict[str, list[Tensor]] = {"priors": [], "foreground": [], "background": [], "class_ids": []}
     for batch in batches_with_progress(episodes, batch_size, show_progress, "priors"):
         photos = encoded.queries(batch)
-        priors = segmenter.priors_of(encoded.supports(batch), photos)
+        priors = segmenter.priors_of(encoded.supports(batch), photos, look_again=False)
         sides = cell_weights(batch.query_masks, (priors.shape[2], priors.shape[3]))
         for name, maps in zip(("priors", "foreground", "background"), (priors, *sides), strict=True):
             found[name].append(maps.half().cpu())

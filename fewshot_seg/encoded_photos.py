@@ -19,8 +19,9 @@ from episodes.types import DataError, SupportKind
 from fewshot_seg.base_learner import relative_to_largest
 from fewshot_seg.condensation import condense_cells
 from fewshot_seg.decoder import Decoder, MaskDecoder
+from fewshot_seg.encodings import PhotoMaps, SupportEncoding
 from fewshot_seg.feature_episodes import FeatureBatch, StoredPhotos
-from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 
 DEFAULT_BYTE_BUDGET = 768 * 2**20
 
@@ -184,12 +185,16 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
     """B episodes of K parts each; shorter ones are filled up with cells of no weight."""
     longest = max(sum(len(part.foreground) for part in parts) for parts in episodes)
 
+    def filled_up(parts: Sequence[Tensor], value: int = 0) -> Tensor:
+        row = torch.cat(list(parts))
+        return F.pad(row, [0, 0] * (row.dim() - 1) + [0, longest - len(row)], value=value)
+
     def joined(name: str) -> Tensor:
-        rows = []
-        for parts in episodes:
-            row = torch.cat([getattr(part, name) for part in parts])
-            rows.append(F.pad(row, [0, 0] * (row.dim() - 1) + [0, longest - len(row)]))
-        return torch.stack(rows)
+        return torch.stack([filled_up([getattr(part, name) for part in parts]) for parts in episodes])
+
+    def numbers(parts: Sequence[_SupportPart]) -> Tensor:
+        own = (torch.full_like(part.open, number, dtype=torch.int64) for number, part in enumerate(parts))
+        return filled_up(list(own), value=-1)
 
     def summed(name: str) -> Tensor:
         return torch.stack([torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for parts in episodes])
@@ -208,6 +213,7 @@ def _together(episodes: Sequence[Sequence[_SupportPart]]) -> SupportEncoding:
         background=joined("background"),
         open=joined("open"),
         share=joined("share"),
+        photo=torch.stack([numbers(parts) for parts in episodes]),
         foreground_embedding=pooled("foreground_sum"),
         background_embedding=pooled("background_sum"),
         prototype=pooled("frozen_sum"),

@@ -14,8 +14,9 @@ from episodes.progress import tqdm
 from episodes.protocols import Fit, ShotRule
 from fewshot_seg.decoder import Decoder
 from fewshot_seg.encoded_photos import EncodedPhotos
+from fewshot_seg.encodings import Prediction, SupportEncoding
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
-from fewshot_seg.segmenter import FewShotSegmenter, Prediction, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shot_rules import merge_shots, shot_weights
 
 
@@ -112,7 +113,7 @@ def shot_logits(
         support = _encode(segmenter, batch, alone) if kept is None else kept.supports(batch, alone)
         priors = segmenter.priors_of(support, photos)
         for name, decoder in decoders.items():
-            logits = decoder(priors, photos.frozen, support.prototype)[:, None]
+            logits = segmenter.decode(priors, photos, support, decoder)[:, None]
             enlarged = F.interpolate(logits, size, mode="bilinear", align_corners=False)
             found[name].append(_led(segmenter, enlarged, batch, priors).cpu())
     weights = photos.cells.new_ones(len(batch.specs), 1)

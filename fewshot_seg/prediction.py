@@ -19,11 +19,12 @@ from episodes.protocols import Fit
 from episodes.types import IGNORE, DataError, UInt8Array
 from fewshot_seg.attention import scale_map
 from fewshot_seg.competition import compete
+from fewshot_seg.encodings import PhotoMaps, SupportEncoding
 from fewshot_seg.episode_logits import to_original
 from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
 from fewshot_seg.photos import Photo, open_photo
 from fewshot_seg.pictures import FloatArray
-from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.support_files import load_support, save_support
 from fewshot_seg.support_photos import UNNAMED, Support, read_supports
 from fewshot_seg.tiles import Tile, blend_tiles, cut_tiles
@@ -262,7 +263,7 @@ class Predictor:
         segmenter, margins = self._segmenter, []
         for encoding in self._encodings():
             support = encoding.expand(len(photos.cells))
-            logits = segmenter.decoder(segmenter.priors_of(support, photos), photos.frozen, support.prototype)
+            logits = segmenter.decode(segmenter.priors_of(support, photos), photos, support)
             margins.append(logits - segmenter.threshold)
         return torch.stack(margins, dim=1).cpu()
 

@@ -37,7 +37,7 @@ from fewshot_seg.training import TrainingLosses
 
 Losses = Callable[[int | None], Mapping[str, Tensor]]
 """Of the whole batch (None), or of one of its examples alone."""
-_PARTS = ("similarity", "decoder", "completion", "base_learner")
+_PARTS = ("similarity", "decoder", "completion", "weak_decoder", "base_learner")
 
 
 def replay(path: Path) -> tuple[list[str], bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +22,9 @@ from fewshot_seg.backbones import Backbone
 from fewshot_seg.base_learner import EVIDENCE_CHANNELS, BaseLearner, class_profile, photo_evidence
 from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
+from fewshot_seg.encodings import PhotoMaps, Prediction, SupportEncoding, pool_cells
 from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
+from fewshot_seg.look_back import LEAST_SHARE, look_back, with_share
 from fewshot_seg.priors import (
     PRIOR_CHANNELS,
     TEMPERATURE,
@@ -37,136 +39,6 @@ from fewshot_seg.similarity import SimilarityNetwork, cell_weights, join_levels
 PriorKind = Literal["similarity", "pfenet", "none"]
 PRIOR_KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
 
-_LEAST_SHARE = 1e-3  # a completed cell is never beyond doubt when the query is looked at
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhotoMaps:
-    """What the model makes of N photos before it knows what is looked for.
-
-    Attributes:
-        cells: unit-length float (N, D, h, w), embedded by the similarity network.
-        frozen: unit-length float (N, D, h, w), the joined frozen features.
-        objectness: float (N, h, w), logits of the completion for a photo of which nothing is known; None without one.
-        base: float (N, C + 1, h, w), probabilities of the base learner; None without one.
-    """
-
-    cells: Tensor
-    frozen: Tensor
-    objectness: Tensor | None = None
-    base: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all maps; maps that are the same tensor count once."""
-        held = (self.cells, self.frozen, self.objectness, self.base)
-        return sum({one.data_ptr(): one.nbytes for one in held if one is not None}.values())
-
-    def by_cells(self) -> PhotoMaps:
-        """The same, stored cell by cell, as cells are compared: float (N, h, w, D) seen as (N, D, h, w)."""
-        cells = _by_cells(self.cells)
-        frozen = cells if self.frozen is self.cells else _by_cells(self.frozen)
-        return replace(self, cells=cells, frozen=frozen)
-
-    @staticmethod
-    def stack(photos: Sequence[PhotoMaps]) -> PhotoMaps:
-        """Photos `by_cells`, one after another."""
-
-        def joined(maps: Sequence[Tensor]) -> Tensor:
-            return torch.cat([one.permute(0, 2, 3, 1) for one in maps]).permute(0, 3, 1, 2)
-
-        def known(maps: Sequence[Tensor | None]) -> Tensor | None:
-            return None if None in maps else torch.cat([one for one in maps if one is not None])
-
-        cells = joined([photo.cells for photo in photos])
-        same = all(photo.frozen is photo.cells for photo in photos)
-        return PhotoMaps(
-            cells=cells,
-            frozen=cells if same else joined([photo.frozen for photo in photos]),
-            objectness=known([photo.objectness for photo in photos]),
-            base=known([photo.base for photo in photos]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SupportEncoding:
-    """What the model keeps of B episodes' supports; made once, used for any number of queries.
-
-    Attributes:
-        cells: unit-length float (B, K*h*w, D), embedded by the similarity network.
-        foreground, background: float (B, K*h*w), fraction of each cell.
-        open: float (B, K*h*w), fraction of each cell that a weak support left open; 0 for masks.
-        share: float (B, K*h*w), how much of the open part was taken for object; both are in the first two already.
-        foreground_embedding, background_embedding: unit-length float (B, D).
-        prototype: float (B, D), frozen features pooled over the foreground.
-        frozen: unit-length float (B, K, D, h, w), the joined frozen features themselves (for PFENet's prior).
-        profile: float (B, C), which base classes the object looks like; C = 0 without a base learner.
-    """
-
-    cells: Tensor
-    foreground: Tensor
-    background: Tensor
-    open: Tensor
-    share: Tensor
-    foreground_embedding: Tensor
-    background_embedding: Tensor
-    prototype: Tensor
-    frozen: Tensor
-    profile: Tensor
-
-    @property
-    def frozen_cells(self) -> Tensor:
-        """unit-length float (B, K*h*w, D), `frozen` in the order of `cells`."""
-        return self.frozen.movedim(2, -1).flatten(1, 3)
-
-    @property
-    def frozen_foreground(self) -> Tensor:
-        """float (B, K, h, w), fraction of each cell of `frozen` that is foreground.
-
-        Open cells that are more likely background are left out: PFENet's prior gives every cell of the object the
-        same weight however small its fraction.
-        """
-        batch, shots, _, height, width = self.frozen.shape
-        unlikely = (self.open > 0.5) & (self.share < 0.5)
-        return self.foreground.masked_fill(unlikely, 0).reshape(batch, shots, height, width)
-
-    def expand(self, queries: int) -> SupportEncoding:
-        """One support shared by a batch of queries (no copy). Raises ValueError if B is neither 1 nor `queries`."""
-        batch = len(self.cells)
-        if batch == queries:
-            return self
-        if batch != 1:
-            raise ValueError(f"{batch} encoded supports for {queries} queries; expected 1 or {queries}")
-        return replace(
-            self,
-            **{
-                name: getattr(self, name).expand(queries, *[-1] * (getattr(self, name).dim() - 1))
-                for name in self.__slots__
-            },
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """Result for B queries.
-
-    Attributes:
-        logits: float (B, H, W); the mask is logits > threshold.
-        priors: float (B, P, h, w) as the decoder read them (P may be 0).
-        attention: float (B, H, W) in [0, 1], gradient attention of the similarity.
-        threshold: where the mask is cut.
-    """
-
-    logits: Tensor
-    priors: Tensor
-    attention: Tensor
-    threshold: float
-
-    @property
-    def masks(self) -> Tensor:
-        """bool (B, H, W)."""
-        return self.logits > self.threshold
-
 
 class FewShotSegmenter(nn.Module):
     """Finds in a query what one or more supports show.
@@ -180,6 +52,8 @@ class FewShotSegmenter(nn.Module):
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
+        weak_decoder: answers for supports of which a part was open, whose priors are less sure; it also looks back from
+            the query to such supports (`look_back`). None leaves all to the decoder, and looks back nowhere.
         base_learner: knows the base classes; with it, the decoder reads `EVIDENCE_MAPS` beside the similarity's maps.
         guided: logits follow the edges of the photo, where there is one (`guided_upsampling`).
 
@@ -199,6 +73,7 @@ class FewShotSegmenter(nn.Module):
         threshold: float = 0.0,
         temperature: float = TEMPERATURE,
         completion: SupportCompletion | None = None,
+        weak_decoder: ContextDecoder | None = None,
         base_learner: BaseLearner | None = None,
         guided: bool = False,
     ) -> None:
@@ -225,15 +100,18 @@ class FewShotSegmenter(nn.Module):
             )
         maps = prior_channels(prior, completion=completion is not None, base_learner=base_learner is not None)
         _check_decoder(decoder, maps, prior, similarity.width)
+        if weak_decoder is not None:
+            _check_decoder(weak_decoder, maps, prior, similarity.width)
         self.backbone, self.similarity, self.decoder = backbone, similarity, decoder
-        self.completion, self.base_learner = completion, base_learner
+        self.completion, self.weak_decoder, self.base_learner = completion, weak_decoder, base_learner
         self.prior, self.attention = prior, attention
         self.threshold, self.temperature, self.guided = threshold, temperature, guided
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that training may change: similarity network (unless frozen), decoder, and what else there is."""
         modules: list[nn.Module] = [self.decoder] if self.prior == "pfenet" else [self.similarity, self.decoder]
-        modules += [part for part in (self.completion, self.base_learner) if part is not None]
+        further = (self.completion, self.base_learner, self.weak_decoder)
+        modules += [part for part in further if part is not None]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def encode_support(self, images: Tensor, masks: Tensor, dense: Tensor | None = None) -> SupportEncoding:
@@ -292,9 +170,10 @@ class FewShotSegmenter(nn.Module):
             background=background,
             open=still_open.reshape(batch, -1),
             share=share.reshape(batch, -1),
-            foreground_embedding=_pool(cells, foreground),
-            background_embedding=_pool(cells, background),
-            prototype=_pool(frozen_cells, foreground),
+            photo=torch.arange(shots, device=maps.device).repeat_interleave(size[0] * size[1]).expand(batch, -1),
+            foreground_embedding=pool_cells(cells, foreground),
+            background_embedding=pool_cells(cells, background),
+            prototype=pool_cells(frozen_cells, foreground),
             frozen=joined.reshape(batch, shots, *joined.shape[1:]),
             profile=self._profile(photos, foreground),
         )
@@ -361,7 +240,7 @@ class FewShotSegmenter(nn.Module):
         support = support.expand(len(levels[0]))
         photos = self.photo_maps(levels)
         maps, priors = photos.cells, self.priors_of(support, photos)
-        logits = self.decoder(priors, photos.frozen, support.prototype)
+        logits = self.decode(priors, photos, support)
         logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         with torch.no_grad():
             attention = scale_map(self.attention_maps(support, maps), size)
@@ -381,22 +260,66 @@ class FewShotSegmenter(nn.Module):
             base=None if self.base_learner is None else self.base_learner(joined),
         )
 
-    def priors_of(self, support: SupportEncoding, photos: PhotoMaps) -> Tensor:
-        """float (B, P, h, w): what the decoder reads of B queries."""
+    def priors_of(self, support: SupportEncoding, photos: PhotoMaps, *, look_again: bool = True) -> Tensor:
+        """What the decoder reads of B queries.
+
+        Args:
+            support, photos: B encoded supports and the queries' maps.
+            look_again: whether weak supports are completed anew by the decoder's first answer (`look_back`), where the
+                model has a decoder for them.
+
+        Returns:
+            float (B, P, h, w).
+        """
         maps = photos.cells
         if self.prior == "none":
             return maps.new_zeros(len(maps), 0, *maps.shape[-2:])
         if self.prior == "pfenet":
             return pfenet_prior(photos.frozen, support.frozen, support.frozen_foreground)[:, None]
-        cosine = None
-        if not self.training and bool((support.open > 0).any()):
-            cosine = cell_cosines(maps, support.cells)
-        priors = self._similarity_priors(support, maps, cosine)
-        if cosine is not None:
-            priors = self._similarity_priors(self._second_look(support, cosine, priors[:, 0]), maps, cosine)
+        if self.training or not bool((support.open > 0).any()):
+            return self._joined(self._similarity_priors(support, maps, None), support, photos)
+        cosine = cell_cosines(maps, support.cells)
+        margin = self._similarity_priors(support, maps, cosine)[:, 0]
+        priors = self._similarity_priors(self._second_look(support, cosine, margin), maps, cosine)
+        priors = self._joined(priors, support, photos)
+        if self.weak_decoder is None or not look_again:
+            return priors
+        logits = self.weak_decoder(priors, photos.frozen, support.prototype)
+        support = look_back(support, photos, logits, cosine, answer=self._answer, base_learner=self.base_learner)
+        return self._joined(self._similarity_priors(support, maps, cosine), support, photos)
+
+    def _joined(self, priors: Tensor, support: SupportEncoding, photos: PhotoMaps) -> Tensor:
+        """The similarity's maps, and what is read beside them."""
         further = [] if photos.base is None else [self._evidence(support, photos.frozen, photos.base)]
         further += [] if photos.objectness is None else [photos.objectness[:, None]]
         return torch.cat([priors, *further], dim=1)
+
+    def _answer(self, support: SupportEncoding, photos: PhotoMaps, cosine: Tensor) -> Tensor:
+        """What the decoder of weak supports makes of masks that are guesses: logits float (B, h, w)."""
+        assert self.weak_decoder is not None
+        priors = self._joined(self._similarity_priors(support, photos.cells, cosine), support, photos)
+        logits: Tensor = self.weak_decoder(priors, photos.frozen, support.prototype)
+        return logits
+
+    def decode(
+        self, priors: Tensor, photos: PhotoMaps, support: SupportEncoding, decoder: Decoder | None = None
+    ) -> Tensor:
+        """Logits of B queries at the decoder's grid; supports of which a part is open may have a decoder of their own.
+
+        Args:
+            priors: of `priors_of`.
+            photos, support: what they come from.
+            decoder: another one than the model's own, for all supports.
+
+        Returns:
+            float (B, h', w').
+        """
+        logits: Tensor = (decoder or self.decoder)(priors, photos.frozen, support.prototype)
+        weak = (support.open > 0).any(dim=1)
+        if self.weak_decoder is None or decoder not in (None, self.decoder) or not bool(weak.any()):
+            return logits
+        of_weak = self.weak_decoder(priors, photos.frozen, support.prototype)
+        return torch.where(weak[:, None, None], of_weak, logits)
 
     def _evidence(self, support: SupportEncoding, frozen: Tensor, base: Tensor) -> Tensor:
         """float (B, 4, h, w), as named in `EVIDENCE_MAPS`."""
@@ -432,17 +355,8 @@ class FewShotSegmenter(nn.Module):
         """
         found = margin.flatten(1).sigmoid()
         likeness = log_density_ratio(cosine.transpose(1, 2), found, 1 - found, temperature=self.temperature)
-        share = (support.share.logit(eps=_LEAST_SHARE) + likeness).sigmoid()
-        change = support.open * (share - support.share)
-        foreground, background = support.foreground + change, support.background - change
-        return replace(
-            support,
-            foreground=foreground,
-            background=background,
-            share=share,
-            foreground_embedding=_pool(support.cells, foreground),
-            background_embedding=_pool(support.cells, background),
-        )
+        share = (support.share.logit(eps=LEAST_SHARE) + likeness).sigmoid()
+        return with_share(support, share, base_learner=None)
 
     def objectness(self, maps: Tensor, joined: Tensor) -> Tensor:
         """Logits float (B, h, w) of the query's object as the completion sees it: as a photo of which nothing is known.
@@ -515,14 +429,6 @@ def _weak(masks: Tensor, dense: Tensor | None) -> Tensor:
     return ~dense
 
 
-def _by_cells(maps: Tensor) -> Tensor:
-    return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _pool(cells: Tensor, weights: Tensor) -> Tensor:
-    return F.normalize(torch.einsum("bnd,bn->bd", cells, weights), dim=1)
-
-
 def build_segmenter(
     backbone: Backbone,
     *,
@@ -541,8 +447,8 @@ def build_segmenter(
     """A new, untrained model over a backbone; arguments as in `SimilarityNetwork` and `MaskDecoder`.
 
     `completion` adds a `SupportCompletion`, for training with weak supports. With `base_classes`, the model has a
-    `BaseLearner` of so many classes, a `ContextDecoder` and guided upsampling, for `fewshot_seg.cross_fitting`; the
-    arguments of `MaskDecoder` are not used then.
+    `BaseLearner` of so many classes, a `ContextDecoder` (with `completion` a second one, for weak supports) and guided
+    upsampling, for `fewshot_seg.cross_fitting`; the arguments of `MaskDecoder` are not used then.
 
     A `similarity` network that was trained before takes the place of a new one. Training goes on with it unless its
     parameters do not require gradients.
@@ -571,6 +477,7 @@ def build_segmenter(
         prior=prior,
         attention=attention,
         completion=SupportCompletion(feature_channels=width, seed=seed) if completion else None,
+        weak_decoder=ContextDecoder(prior_channels=maps, seed=seed) if completion and base_classes else None,
         base_learner=BaseLearner(feature_channels=width, classes=base_classes) if base_classes else None,
         guided=base_classes > 0,
     )

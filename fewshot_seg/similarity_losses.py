@@ -16,9 +16,10 @@ from episodes.types import DataError
 from fewshot_seg.attention import image_directions, similarity_attention
 from fewshot_seg.constraint import SimilarityMining, mask_features, mask_images
 from fewshot_seg.embedding import ImageEmbedder
+from fewshot_seg.encodings import SupportEncoding
 from fewshot_seg.losses import attention_map_loss, balanced_map_loss
 from fewshot_seg.priors import soft_margin, soft_margin_attention
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights
 
 MapKind = Literal["soft margin", "soft margin gradient", "siamese", "triplet", "quadruplet", "cosine", "margin"]

@@ -16,7 +16,8 @@ from episodes.protocols import Fit
 from episodes.sources.annotation_files import shown
 from episodes.types import DataError
 from fewshot_seg.checkpoint import read_tensors, trained_tensors, write_tensors
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
+from fewshot_seg.encodings import SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 
 _KIND = "support set"
 _FORMAT = 1
@@ -102,10 +103,7 @@ def load_support(path: Path, segmenter: FewShotSegmenter, *, resolution: int, fi
         raise DataError(f"{path} holds a model, not a support set; give a file of --save-support")
     _check_origin(path, description, segmenter, resolution, fit)
     expected = _shapes(tensors, 0 if segmenter.base_learner is None else segmenter.base_learner.classes)
-    if expected is None or any(
-        tensors[name].shape != shape or tensors[name].dtype != torch.float32 or not bool(tensors[name].isfinite().all())
-        for name, shape in expected.items()
-    ):
+    if expected is None or not all(_is_sound(name, tensors[name], shape) for name, shape in expected.items()):
         raise DataError(f"{path} is damaged: its tensors are not those of a support set; {again}")
     device = next(segmenter.backbone.parameters()).device
     encoding = SupportEncoding(**{name: tensors[name].to(device) for name in expected})
@@ -141,6 +139,13 @@ def _tensors(encoding: SupportEncoding) -> dict[str, Tensor]:
     return {field.name: getattr(encoding, field.name) for field in fields(encoding)}
 
 
+def _is_sound(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a file has its shape and type, and values that can be computed with."""
+    if name == "photo":
+        return tensor.shape == shape and tensor.dtype == torch.int64 and bool((tensor.abs() <= shape[1]).all())
+    return tensor.shape == shape and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
 def _shapes(tensors: dict[str, Tensor], classes: int) -> dict[str, tuple[int, ...]] | None:
     """The shapes that fit together with those of `frozen` and `cells`; None where these are not there or no such."""
     if tensors.keys() != {field.name for field in fields(SupportEncoding)}:
@@ -151,7 +156,7 @@ def _shapes(tensors: dict[str, Tensor], classes: int) -> dict[str, tuple[int, ..
     embedded, cells = tensors["cells"].shape[2], shots * height * breadth
     return {
         "cells": (1, cells, embedded),
-        **dict.fromkeys(("foreground", "background", "open", "share"), (1, cells)),
+        **dict.fromkeys(("foreground", "background", "open", "share", "photo"), (1, cells)),
         **dict.fromkeys(("foreground_embedding", "background_embedding"), (1, embedded)),
         "prototype": (1, width),
         "frozen": (1, shots, width, height, breadth),

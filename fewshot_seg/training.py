@@ -20,10 +20,11 @@ from fewshot_seg.bad_steps import account_of_episodes, model_facts
 from fewshot_seg.checkpoint import load_trained_tensors, trained_tensors
 from fewshot_seg.completion import completion_loss
 from fewshot_seg.distributed import current_ranks, dealt, raise_if_lost, rows_of_ranks, said_once, split_rows
+from fewshot_seg.encodings import SupportEncoding
 from fewshot_seg.feature_episodes import FeatureBatch, FeatureEpisodes
 from fewshot_seg.losses import balanced_map_loss, segmentation_loss
 from fewshot_seg.optimisation import Plan, Schedule, TrainingResult, optimise
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import cell_weights
 
 _LOSS_STRIDE = 4  # the mask loss looks at every 4th pixel: the logits live on a coarser grid anyway

@@ -22,9 +22,10 @@ from episodes.sources import SyntheticSource
 from episodes.types import SUPPORT_KINDS, EpisodeSpec, UInt8Array
 from fewshot_seg.attention import scale_map
 from fewshot_seg.checkpoint import load_segmenter
+from fewshot_seg.encodings import SupportEncoding
 from fewshot_seg.pictures import TRUTH, Panel, colour_map, overlay_annotation, overlay_map, overlay_mask, panel_sheet
 from fewshot_seg.priors import PRIOR_CHANNELS, pfenet_prior
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.shipped import shipped_model
 from fewshot_seg.similarity import cell_weights
 

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.types import DataError
+from fewshot_seg.encodings import PhotoMaps, SupportEncoding
 from fewshot_seg.faithfulness import blurred
 from fewshot_seg.priors import blockwise_soft_margin
-from fewshot_seg.segmenter import FewShotSegmenter, PhotoMaps, SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter
 from fewshot_seg.similarity import join_levels
 
 _BATCH = 16

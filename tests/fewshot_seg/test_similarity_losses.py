@@ -18,7 +18,8 @@ from fewshot_seg.attention import image_directions, similarity_attention
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.constraint import SimilarityMining, mask_features
 from fewshot_seg.embedding import ImageEmbedder
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding, build_segmenter
+from fewshot_seg.encodings import SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import SimilarityNetwork, cell_weights, masked_average_pool
 from fewshot_seg.similarity_losses import (
     MAP_KINDS,

@@ -19,7 +19,8 @@ from episodes.types import DataError
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.checkpoint import save_segmenter, write_tensors
 from fewshot_seg.cli import main
-from fewshot_seg.segmenter import FewShotSegmenter, SupportEncoding, build_segmenter, training_free
+from fewshot_seg.encodings import SupportEncoding
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 from fewshot_seg.support_files import load_support, model_digest, save_support
 
 SIZE = 64

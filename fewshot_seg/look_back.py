@@ -1,0 +1,116 @@
+"""Weak supports seen in the light of the query's answer: each is segmented as if the query were its support.
+
+A support without a mask shows many things, and so does a query; what is asked for is in both. The first answer for the
+query, however rough, is a mask of the query, and a mask is what the model knows best to compare with: it segments the
+supports by it, and they, now with masks of their own, segment the query again. (Co-segmentation by turns; the query's
+image is all that is used, never its label.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fewshot_seg.base_learner import BaseLearner, class_profile
+from fewshot_seg.encodings import PhotoMaps, SupportEncoding, pool_cells
+
+LEAST_SHARE = 1e-3
+"""A completed cell is never beyond doubt when it is looked at again."""
+
+Answer = Callable[[SupportEncoding, PhotoMaps, Tensor], Tensor]
+"""answer(supports, photos, cosine): logits float (B, h, w); `cosine` is of the photos' cells with the supports'."""
+
+
+def look_back(
+    support: SupportEncoding,
+    photos: PhotoMaps,
+    logits: Tensor,
+    cosine: Tensor,
+    *,
+    answer: Answer,
+    base_learner: BaseLearner | None,
+) -> SupportEncoding:
+    """Supports whose open part is filled in by what the query's answer finds in them.
+
+    Args:
+        support: B encoded supports, as they were completed without the query.
+        photos: of B queries.
+        logits: float (B, h, w), the first answer for the queries.
+        cosine: float (B, h*w, N), of the queries' cells with the supports'.
+        answer: segments photos by encoded supports.
+        base_learner: of the model, if it has one.
+
+    Returns:
+        The same supports with another `share`, and what follows from it. Masks, and what is known of others, stay.
+        Of a support of which something is known, the mean of both completions, in logits: marks tell, too.
+    """
+    share, known = support.share.clone(), support.foreground + support.background - support.open
+    for row in range(len(share)):
+        shown = _query_as_support(photos, row, logits[row].sigmoid())
+        for number in range(int(support.photo[row].max()) + 1):
+            of_photo = support.photo[row] == number
+            if not bool((support.open[row, of_photo] > 0).any()):
+                continue
+            seen = _support_as_photo(support, row, of_photo, base_learner)
+            found = answer(shown, seen, cosine[row][:, of_photo].T[None]).flatten()
+            if bool((known[row, of_photo] > LEAST_SHARE).any()):  # boxes and strokes say something, too
+                assert seen.objectness is not None
+                found = (found + seen.objectness.flatten()) / 2
+            share[row, of_photo] = found.sigmoid()
+    return with_share(support, share, base_learner=base_learner)
+
+
+def with_share(support: SupportEncoding, share: Tensor, *, base_learner: BaseLearner | None) -> SupportEncoding:
+    """Supports whose open part is object by `share`, float (B, N) in [0, 1], and what follows from it."""
+    change = support.open * (share - support.share)
+    foreground, background = support.foreground + change, support.background - change
+    profile = support.profile
+    if base_learner is not None:
+        probabilities = base_learner.logits(support.frozen_cells).softmax(dim=-1).transpose(1, 2)
+        profile = class_profile(probabilities, foreground)
+    return replace(
+        support,
+        foreground=foreground,
+        background=background,
+        share=share,
+        foreground_embedding=pool_cells(support.cells, foreground),
+        background_embedding=pool_cells(support.cells, background),
+        profile=profile,
+    )
+
+
+def _query_as_support(photos: PhotoMaps, row: int, foreground: Tensor) -> SupportEncoding:
+    """The encoding of a query as the one support of an episode, its object being float (h, w) in [0, 1]."""
+    cells, frozen = (maps[row : row + 1].flatten(2).transpose(1, 2) for maps in (photos.cells, photos.frozen))
+    inside = foreground.flatten()[None]
+    nothing = torch.zeros_like(inside)
+    base = None if photos.base is None else photos.base[row : row + 1].flatten(2)
+    return SupportEncoding(
+        cells=cells,
+        foreground=inside,
+        background=1 - inside,
+        open=nothing,
+        share=nothing,
+        photo=torch.zeros_like(inside, dtype=torch.int64),
+        foreground_embedding=pool_cells(cells, inside),
+        background_embedding=pool_cells(cells, 1 - inside),
+        prototype=pool_cells(frozen, inside),
+        frozen=photos.frozen[row : row + 1, None],
+        profile=inside.new_zeros(1, 0) if base is None else class_profile(base, inside),
+    )
+
+
+def _support_as_photo(
+    support: SupportEncoding, row: int, of_photo: Tensor, base_learner: BaseLearner | None
+) -> PhotoMaps:
+    """Maps of one support photo, its M cells in one row: nothing that reads them asks which cells are neighbours."""
+    cells, frozen = (maps[row, of_photo].T[None, :, None] for maps in (support.cells, support.frozen_cells))
+    return PhotoMaps(
+        cells=cells,
+        frozen=frozen,
+        objectness=support.share[row, of_photo].logit(eps=LEAST_SHARE)[None, None],
+        base=None if base_learner is None else base_learner(frozen),
+    )

@@ -233,7 +233,13 @@ class TestDamage:
     def test_a_missing_part_of_the_description(self, model: Path) -> None:
         _, description = read_tensors(model)
         original = model.read_bytes()
-        for key in description.keys() - {"format", "completion", "weak_decoder", "base_learner", "guided"}:  # older files know none
+        for key in description.keys() - {
+            "format",
+            "completion",
+            "weak_decoder",
+            "base_learner",
+            "guided",
+        }:  # older files know none
             model.write_bytes(original)
             rewrite(model, lambda _, told, key=key: told.pop(key))  # type: ignore[misc]
             assert_refused(model, rf"model\.safetensors lacks a part of its description \(KeyError\('{key}'\)\)")

@@ -289,10 +289,29 @@ class TestTraining:
         assert trained.held_out_miou == uninterrupted[0].held_out_miou
         assert_same_weights(trained, uninterrupted[0])
 
-    def test_weak_supports(self, data: FoldData) -> None:
-        trained = train(data, completion=True, supports=("mask", "box"), steps=1, decoder_steps=1)
-        assert trained.segmenter.completion is not None
-        assert trained.segmenter.decoder.prior_channels == 11  # type: ignore[union-attr]
+    def test_weak_supports_cost_masks_nothing(
+        self, data: FoldData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """The embedding is that of masks; each decoder learns from what it will answer for."""
+        learned = list[tuple[int, int]]()
+
+        def train_and_note(decoder: ContextDecoder, stored: dict[str, Tensor], **options: Any) -> TrainingResult:
+            learned.append((decoder.prior_channels, len(stored["priors"])))
+            return train_decoder(decoder, stored, **options)
+
+        monkeypatch.setattr(cross_fitted_fold, "train_decoder", train_and_note)
+        masks = train(data, completion=True)
+        weak = train(data, tmp_path, completion=True, supports=("mask", "box", "label"))
+        episodes = len(GROUPS) * sum(count for _, count in SHORT["decoder_episodes"])
+        assert learned == [(11, episodes), (11, episodes), (11, 2 * episodes)]
+        expected, found = (trained_tensors(one.segmenter) for one in (masks, weak))
+        for name in expected:  # nearly: the completion's gradients are clipped together with the similarity's
+            if name.startswith(("similarity.", "base_learner.")):
+                assert (found[name] - expected[name]).norm() < 0.1 * expected[name].norm(), name
+        assert weak.segmenter.weak_decoder is not None
+        assert not torch.equal(weak.segmenter.weak_decoder.exit.weight, weak.segmenter.decoder.exit.weight)  # type: ignore[union-attr]
+        again = train(data, tmp_path, completion=True, supports=("mask", "box", "label"), resume=True)
+        assert_same_weights(again, weak)
 
     def test_classes_with_few_photos_give_what_they_can(self, data: FoldData, monkeypatch: pytest.MonkeyPatch) -> None:
         """A class is on 24 photos at most: too few for 24 supports that must differ."""

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.checkpoint import save_segmenter
 from fewshot_seg.segmenter import build_segmenter
+from fewshot_seg.shipped import ShippedModel, file_digest, write_manifest
 
 
 @pytest.fixture
@@ -66,3 +68,50 @@ def test_a_small_run(
         patch.setattr(script, "evaluate", None)
         with pytest.raises(TypeError):
             script.main(small)
+
+
+def test_scores_of_the_manifest_are_taken(
+    script: ModuleType, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very file, size, episodes and shots; nothing is evaluated for them unless asked for."""
+    script.main(small)
+    found = [one for one in json.loads((tmp_path / "results.json").read_text()) if one["task"] == "segmentation"]
+    models = []
+    for fold in range(4):
+        values = {one["metric"]: one for one in found if one["fold"] == fold}
+        per_class = {name[5:]: one["value"] for name, one in values.items() if name.startswith("IoU: ")}
+        score = values["mIoU"] | {"fb_iou": values["FB-IoU"]["value"], "per_class": per_class}
+        models.append(shipped(tmp_path / f"pascal-fold{fold}.safetensors", [score], resolution=96))
+    write_manifest(tmp_path, models)
+    given = [*small[: small.index("--sizes")], "--sizes", "--score-at", "96", "--out", str(tmp_path / "other")]
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", None)
+        script.main(given)
+        for changed in (["--again"], ["--episodes", "4"], ["--score-at", "64"], ["--shots", "5"]):
+            with pytest.raises(TypeError):
+                script.main([*given, *changed])
+    again = [one for one in json.loads((tmp_path / "results.json").read_text()) if one["task"] == "segmentation"]
+    assert {one["command"] for one in again if one["fold"] != "mean"} == {"the command"}
+    key = ("fold", "metric")
+    assert {(*(one[name] for name in key), one["value"]) for one in again} == {
+        (*(one[name] for name in key), one["value"]) for one in found
+    }
+
+
+def shipped(file: Path, scores: list[dict[str, Any]], *, resolution: int) -> ShippedModel:
+    return ShippedModel(
+        name=file.stem,
+        sha256=file_digest(file),
+        bytes=file.stat().st_size,
+        backbone="mobilenetv3_small_050",
+        summary="",
+        data="",
+        protocol="hsnet",
+        fold=int(file.stem[-1]),
+        resolution=resolution,
+        parameters=1,
+        commit="abc",
+        command="the command",
+        licence="",
+        scores=scores,
+    )

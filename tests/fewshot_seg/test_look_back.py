@@ -1,0 +1,152 @@
+"""Weak supports completed by the query's answer: as if the query were their support."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from episodes.types import SupportKind
+from fewshot_seg.backbones import Backbone
+from fewshot_seg.base_learner import class_profile
+from fewshot_seg.encodings import PhotoMaps, SupportEncoding
+from fewshot_seg.look_back import look_back, with_share
+from fewshot_seg.priors import cell_cosines
+from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
+from tests.fewshot_seg.test_segmenter import SIZE, disturbed, marked, outlines, photos
+
+CELLS = 4
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_backbone: Backbone) -> FewShotSegmenter:
+    """With a base learner and a decoder for weak supports, whose maps have other units than 1."""
+    built = disturbed(build_segmenter(tiny_backbone, similarity_rank=4, base_classes=3, completion=True))
+    assert built.weak_decoder is not None
+    for number, decoder in enumerate((built.decoder, built.weak_decoder)):
+        drawn = torch.randn(6, decoder.prior_channels, CELLS, CELLS, generator=torch.Generator().manual_seed(number))
+        decoder.fit_scales(2 * drawn)
+    built.guided = False
+    return built
+
+
+def query_masks(count: int) -> Tensor:
+    """uint8 (N, 1, H, W), whole cells of the grid."""
+    chosen = torch.rand(count, CELLS, CELLS, generator=torch.Generator().manual_seed(4)) < 0.4
+    chosen[:, 1, 1] = True
+    return chosen.byte().repeat_interleave(SIZE // CELLS, 1).repeat_interleave(SIZE // CELLS, 2)[:, None]
+
+
+def looked_back(
+    segmenter: FewShotSegmenter, support: SupportEncoding, queries: Tensor, logits: Tensor
+) -> SupportEncoding:
+    maps = segmenter.photo_maps(segmenter.backbone(queries))
+    return look_back(
+        support,
+        maps,
+        logits,
+        cell_cosines(maps.cells, support.cells),
+        answer=segmenter._answer,  # as the model calls it
+        base_learner=segmenter.base_learner,
+    )
+
+
+def certain(masks: Tensor) -> Tensor:
+    """Logits float (N, h, w) that leave no doubt about masks uint8 (N, 1, H, W) of whole cells."""
+    return 60.0 * (2.0 * masks[:, 0, :: SIZE // CELLS, :: SIZE // CELLS].float() - 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [("label",), ("label", "label"), ("box", "label"), ("point", "mask", "scribble")])
+def test_supports_are_segmented_as_if_the_query_were_their_support(
+    segmenter: FewShotSegmenter, kinds: tuple[SupportKind, ...]
+) -> None:
+    images, (masks, dense), queries = photos(2, len(kinds)), marked(2, kinds), photos(2, seed=1)
+    support = segmenter.encode_support(images, masks, dense)
+    answers = query_masks(2)
+    found = looked_back(segmenter, support, queries, certain(answers))
+    assert segmenter.weak_decoder is not None
+    for row in range(2):
+        shown = segmenter.encode_support(queries[row : row + 1, None], answers[row : row + 1])
+        for number, kind in enumerate(kinds):
+            cells = slice(number * CELLS**2, (number + 1) * CELLS**2)
+            if kind == "mask":
+                assert torch.equal(found.foreground[row, cells], support.foreground[row, cells])
+                continue
+            seen = segmenter.photo_maps(segmenter.backbone(images[row, number : number + 1]))
+            first = support.share[row, cells].reshape(1, CELLS, CELLS).logit(eps=1e-3)
+            priors = segmenter.priors_of(shown, replace(seen, objectness=first))
+            logits = segmenter.weak_decoder(priors, seen.frozen, shown.prototype)
+            if kind != "label":
+                logits = (logits + first) / 2
+            expected = logits.sigmoid().flatten()
+            torch.testing.assert_close(found.share[row, cells], expected, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(found.share[row, cells], support.share[row, cells], atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_follows_from_the_share(segmenter: FewShotSegmenter) -> None:
+    """Against plain loops over cells."""
+    images, (masks, dense) = photos(1, 2), marked(1, ("box", "mask"))
+    support = segmenter.encode_support(images, masks, dense)
+    share = torch.rand(support.share.shape, generator=torch.Generator().manual_seed(2))
+    found = with_share(support, share, base_learner=segmenter.base_learner)
+    sums = [torch.zeros(support.cells.shape[2]) for _ in range(2)]
+    for cell in range(support.cells.shape[1]):
+        known = float(support.foreground[0, cell] - support.open[0, cell] * support.share[0, cell])
+        inside = known + float(support.open[0, cell] * share[0, cell])
+        whole = float(support.foreground[0, cell] + support.background[0, cell])
+        assert float(found.foreground[0, cell]) == pytest.approx(inside, abs=1e-5)
+        assert float(found.background[0, cell]) == pytest.approx(whole - inside, abs=1e-5)
+        for total, weight in zip(sums, (inside, whole - inside), strict=True):
+            total += weight * support.cells[0, cell]
+    for total, name in zip(sums, ("foreground_embedding", "background_embedding"), strict=True):
+        torch.testing.assert_close(getattr(found, name)[0], total / total.norm(), rtol=1e-4, atol=1e-5)
+    assert segmenter.base_learner is not None
+    probabilities = segmenter.base_learner(support.frozen[0]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found.profile, class_profile(probabilities[None], found.foreground))
+
+
+@torch.no_grad()
+def test_the_model_looks_back_by_its_first_answer(segmenter: FewShotSegmenter) -> None:
+    support = segmenter.encode_support(photos(2, 2), *marked(2, ("label", "point")))
+    queries = photos(2, seed=1)
+    maps = segmenter.photo_maps(segmenter.backbone(queries))
+    assert segmenter.weak_decoder is not None
+    first = segmenter.priors_of(support, maps, look_again=False)
+    again = looked_back(segmenter, support, queries, segmenter.weak_decoder(first, maps.frozen, support.prototype))
+    plain = replace(again, open=torch.zeros_like(again.open))  # nothing to look for any more
+    priors = segmenter.priors_of(support, maps)
+    torch.testing.assert_close(priors, segmenter.priors_of(plain, maps), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(priors, first, atol=1e-2)
+    expected = segmenter.weak_decoder(priors, maps.frozen, support.prototype)
+    assert torch.equal(segmenter.decode(priors, maps, support), expected)
+
+
+@torch.no_grad()
+def test_an_episode_gets_what_it_gets_alone(segmenter: FewShotSegmenter) -> None:
+    """One weak episode, one of masks, in one batch."""
+    images, queries = photos(2, 1), photos(2, seed=1)
+    masks, dense = outlines(2, 1), torch.tensor([[True], [False]])
+    masks[1] = marked(1, ("label",))[0][0]
+    together = segmenter.segment(segmenter.encode_support(images, masks, dense), queries).logits
+    for row in range(2):
+        rows = slice(row, row + 1)
+        alone = segmenter.segment(segmenter.encode_support(images[rows], masks[rows], dense[rows]), queries[rows])
+        torch.testing.assert_close(together[rows], alone.logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_masks_go_to_the_decoder_of_masks(segmenter: FewShotSegmenter) -> None:
+    support, queries = segmenter.encode_support(photos(2, 1), outlines(2, 1)), photos(2, seed=1)
+    maps: PhotoMaps = segmenter.photo_maps(segmenter.backbone(queries))
+    priors = segmenter.priors_of(support, maps)
+    expected = segmenter.decoder(priors, maps.frozen, support.prototype)
+    assert torch.equal(segmenter.decode(priors, maps, support), expected)
+    weak = segmenter.encode_support(photos(2, 1), *marked(2, ("label",)))
+    assert not torch.allclose(segmenter.decode(priors, maps, weak), expected, atol=1e-2)
+    other = disturbed(build_segmenter(segmenter.backbone, similarity_rank=4, base_classes=3, completion=True)).decoder
+    named = segmenter.decode(priors, maps, weak, other)  # a decoder that is named answers for all
+    assert torch.equal(named, other(priors, maps.frozen, weak.prototype))

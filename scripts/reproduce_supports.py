@@ -6,7 +6,8 @@
 
 One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot: by default the small joint
 model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted
-the recipe of the shipped models, whose threshold is 0 and which are used on larger photos than they are trained on.
+the recipe of the shipped models, whose threshold is 0 and which are used on larger photos than they are trained on,
+and the same without the look back from query to supports.
 Beside it stands the bare soft margin with nothing trained at all, 1-shot (not with --no-bare). Interrupted runs go on
 where they stopped. docs/results.md is written at the end.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,10 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 
 MIX: tuple[SupportKind, ...] = ("label", "label", *SUPPORT_KINDS)
 """What supports of training episodes are marked by: image-level labels, the hardest, come three times in seven."""
+WEAK: tuple[SupportKind, ...] = tuple(kind for kind in SUPPORT_KINDS if kind != "mask")
 TRAINED = "ours, trained on all kinds of supports"
 CROSS_FITTED = f"ours, cross-fitted on all kinds of supports, photos at {PHOTO_SIZE}"
+FIRST_ANSWER = f"{CROSS_FITTED}, without looking back"
 BARE = "soft margin alone, training-free"  # as reproduce_pascal calls it
 EPISODES = {1: 1000, 5: 500}
 """Episodes by shots; those of 5 supports take three times as long."""
@@ -67,8 +70,8 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         trained = partial(_cross_fitted if cross_fitted else _trained, episodes=arguments.episodes)
-        per_fold = list(pool.map(partial(trained, **common), range(4)))
-        per_fold += pool.map(partial(_bare, **common), range(4)) if arguments.bare else []
+        per_fold = list(pool.map(partial(trained, **common), arguments.folds))
+        per_fold += pool.map(partial(_bare, **common), arguments.folds) if arguments.bare else []
     described = {
         "data": benchmark_name(data),
         "protocol": protocol.name,
@@ -76,7 +79,8 @@ def main() -> None:
         **provenance(),
     }
     records = [described | record for fold in per_fold for record in fold]
-    merge_records(arguments.results, [*records, *fold_means(records)])
+    means = fold_means(records) if set(arguments.folds) == set(range(4)) else []
+    merge_records(arguments.results, [*records, *means])
     render(arguments.results, arguments.results.with_suffix(".md"))
 
 
@@ -86,7 +90,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/supports"), help="models and finished cells")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--training", choices=("joint", "cross-fitted"), default="joint")
-    parser.add_argument("--episodes", type=int, help="1-shot alone, so many a cell")
+    parser.add_argument("--folds", type=int, nargs="+", choices=range(4), default=list(range(4)))
+    parser.add_argument("--episodes", type=int, nargs="+", help="a cell: of 1 shot, and of 5 shots if there is another")
     parser.add_argument("--jobs", type=int, default=2, help="folds at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/results.json"))
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="nothing trained, too")
@@ -103,12 +108,12 @@ def _open(fold: int, root: Path, cache: Path, **backbone: Any) -> FoldData:
     return open_fold(VocSource(root), build_backbone(**backbone), protocol, fold=fold, cache=cache, byte_budget=BYTES)
 
 
-def _counts(episodes: int | None) -> dict[int, int]:
-    return EPISODES if episodes is None else {1: episodes}
+def _counts(episodes: Sequence[int] | None) -> dict[int, int]:
+    return EPISODES if episodes is None else dict(zip(EPISODES, episodes, strict=False))
 
 
 def _cross_fitted(
-    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: int | None
+    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: Sequence[int] | None
 ) -> list[dict[str, Any]]:
     """The recipe of the shipped models, but for the supports; used at the same size."""
     data, folder = _open(fold, root, cache, **BACKBONE), out / f"cross-fitted{fold}"
@@ -123,6 +128,8 @@ def _cross_fitted(
     segmenter = load_segmenter(model).segmenter
     scored = at_resolution(data, PHOTO_SIZE, cache=cache, byte_budget=BYTES)
     records = _cells(scored, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
+    segmenter.priors_of = partial(segmenter.priors_of, look_again=False)
+    records += _cells(scored, folder, FIRST_ANSWER, (segmenter, None), _counts(episodes), quick, kinds=WEAK)
     return [record | {"fold": fold} for record in records]
 
 
@@ -131,7 +138,7 @@ def _build(data: FoldData, base_classes: int) -> FewShotSegmenter:
 
 
 def _trained(
-    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: int | None
+    fold: int, *, root: Path, out: Path, cache: Path, quick: bool, episodes: Sequence[int] | None
 ) -> list[dict[str, Any]]:
     data, folder = _open(fold, root, cache), out / f"fold{fold}"
     build = partial(build_segmenter, data.backbone, decoder_width=48, decoder_blocks=4, completion=True)
@@ -165,15 +172,17 @@ def _cells(
     models: tuple[FewShotSegmenter, FewShotSegmenter | None],
     counts: Mapping[int, int],
     quick: bool,
+    *,
+    kinds: Sequence[SupportKind] = SUPPORT_KINDS,
 ) -> list[dict[str, Any]]:
-    """Records of a method with every kind of support.
+    """Records of a method with some kinds of support.
 
     `models`: the one to score, and that of the threshold (None: it keeps its own); `counts`: shots -> episodes.
     """
     segmenter, selection = models[0].eval(), models[1]
     records: list[dict[str, Any]] = []
     for shots, count in counts.items():
-        for kind in SUPPORT_KINDS:
+        for kind in kinds:
             few = "" if count == EPISODES[shots] else f", {count} episodes"
             kept = folder / f"{method}, {kind}, {shots}-shot{few}.json"
             if not kept.exists():

@@ -113,7 +113,7 @@ def shot_logits(
         support = _encode(segmenter, batch, alone) if kept is None else kept.supports(batch, alone)
         priors = segmenter.priors_of(support, photos)
         for name, decoder in decoders.items():
-            logits = segmenter.decode(priors, photos, support, decoder)[:, None]
+            logits = decoder(priors, photos.frozen, support.prototype)[:, None]
             enlarged = F.interpolate(logits, size, mode="bilinear", align_corners=False)
             found[name].append(_led(segmenter, enlarged, batch, priors).cpu())
     weights = photos.cells.new_ones(len(batch.specs), 1)

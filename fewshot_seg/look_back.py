@@ -44,10 +44,11 @@ def look_back(
         base_learner: of the model, if it has one.
 
     Returns:
-        The same supports with another `share`, and what follows from it. Masks, and what is known of others, stay.
-        Of a support of which something is known, the mean of both completions, in logits: marks tell, too.
+        The same supports with another `share`, and what follows from it: the mean, in logits, of the first completion
+        and of what the answer finds, since a wrong answer that is believed comes back as a wrong support. Masks, and
+        what is known of others, stay.
     """
-    share, known = support.share.clone(), support.foreground + support.background - support.open
+    share = support.share.clone()
     for row in range(len(share)):
         shown = _query_as_support(photos, row, logits[row].sigmoid())
         for number in range(int(support.photo[row].max()) + 1):
@@ -55,11 +56,9 @@ def look_back(
             if not bool((support.open[row, of_photo] > 0).any()):
                 continue
             seen = _support_as_photo(support, row, of_photo, base_learner)
-            found = answer(shown, seen, cosine[row][:, of_photo].T[None]).flatten()
-            if bool((known[row, of_photo] > LEAST_SHARE).any()):  # boxes and strokes say something, too
-                assert seen.objectness is not None
-                found = (found + seen.objectness.flatten()) / 2
-            share[row, of_photo] = found.sigmoid()
+            assert seen.objectness is not None
+            both = answer(shown, seen, cosine[row][:, of_photo].T[None]) + seen.objectness
+            share[row, of_photo] = (both / 2).sigmoid().flatten()
     return with_share(support, share, base_learner=base_learner)
 
 

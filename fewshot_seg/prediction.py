@@ -263,7 +263,7 @@ class Predictor:
         segmenter, margins = self._segmenter, []
         for encoding in self._encodings():
             support = encoding.expand(len(photos.cells))
-            logits = segmenter.decode(segmenter.priors_of(support, photos), photos, support)
+            logits = segmenter.decoder(segmenter.priors_of(support, photos), photos.frozen, support.prototype)
             margins.append(logits - segmenter.threshold)
         return torch.stack(margins, dim=1).cpu()
 

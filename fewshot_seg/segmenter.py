@@ -52,8 +52,9 @@ class FewShotSegmenter(nn.Module):
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
-        weak_decoder: answers for supports of which a part was open, whose priors are less sure; it also looks back from
-            the query to such supports (`look_back`). None leaves all to the decoder, and looks back nowhere.
+        weak_decoder: gives the first answer for supports of which a part was open, whose priors are less sure, and
+            looks back from the query to them (`look_back`), so that the decoder gets supports as good as masks. None
+            does without.
         base_learner: knows the base classes; with it, the decoder reads `EVIDENCE_MAPS` beside the similarity's maps.
         guided: logits follow the edges of the photo, where there is one (`guided_upsampling`).
 
@@ -240,7 +241,7 @@ class FewShotSegmenter(nn.Module):
         support = support.expand(len(levels[0]))
         photos = self.photo_maps(levels)
         maps, priors = photos.cells, self.priors_of(support, photos)
-        logits = self.decode(priors, photos, support)
+        logits = self.decoder(priors, photos.frozen, support.prototype)
         logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         with torch.no_grad():
             attention = scale_map(self.attention_maps(support, maps), size)
@@ -300,26 +301,6 @@ class FewShotSegmenter(nn.Module):
         priors = self._joined(self._similarity_priors(support, photos.cells, cosine), support, photos)
         logits: Tensor = self.weak_decoder(priors, photos.frozen, support.prototype)
         return logits
-
-    def decode(
-        self, priors: Tensor, photos: PhotoMaps, support: SupportEncoding, decoder: Decoder | None = None
-    ) -> Tensor:
-        """Logits of B queries at the decoder's grid; supports of which a part is open may have a decoder of their own.
-
-        Args:
-            priors: of `priors_of`.
-            photos, support: what they come from.
-            decoder: another one than the model's own, for all supports.
-
-        Returns:
-            float (B, h', w').
-        """
-        logits: Tensor = (decoder or self.decoder)(priors, photos.frozen, support.prototype)
-        weak = (support.open > 0).any(dim=1)
-        if self.weak_decoder is None or decoder not in (None, self.decoder) or not bool(weak.any()):
-            return logits
-        of_weak = self.weak_decoder(priors, photos.frozen, support.prototype)
-        return torch.where(weak[:, None, None], of_weak, logits)
 
     def _evidence(self, support: SupportEncoding, frozen: Tensor, base: Tensor) -> Tensor:
         """float (B, 4, h, w), as named in `EVIDENCE_MAPS`."""

@@ -128,7 +128,7 @@ def _cross_fitted(
     segmenter = load_segmenter(model).segmenter
     scored = at_resolution(data, PHOTO_SIZE, cache=cache, byte_budget=BYTES)
     records = _cells(scored, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
-    segmenter.priors_of = partial(segmenter.priors_of, look_again=False)
+    segmenter.decoder, segmenter.weak_decoder = segmenter.weak_decoder, None  # the first answer is the last
     records += _cells(scored, folder, FIRST_ANSWER, (segmenter, None), _counts(episodes), quick, kinds=WEAK)
     return [record | {"fold": fold} for record in records]
 

@@ -38,7 +38,7 @@ PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 
 """Fields of `custom_protocol`. Objects of fewer pixels than `min_area` are neither shown nor asked for."""
 BYTES = 12 * 2**30
 """Of features, which are kept at both sizes."""
-CHECK_EPISODES = 300
+CHECK_EPISODES = 200
 PARTS = 4
 """Classes are dealt to so many parts; a check leaves one of them out."""
 

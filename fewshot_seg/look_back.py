@@ -106,7 +106,8 @@ def _support_as_photo(
     support: SupportEncoding, row: int, of_photo: Tensor, base_learner: BaseLearner | None
 ) -> PhotoMaps:
     """Maps of one support photo, its M cells in one row: nothing that reads them asks which cells are neighbours."""
-    cells, frozen = (maps[row, of_photo].T[None, :, None] for maps in (support.cells, support.frozen_cells))
+    of_row = support.frozen[row].movedim(1, -1).flatten(0, 2)
+    cells, frozen = (maps[of_photo].T[None, :, None] for maps in (support.cells[row], of_row))
     return PhotoMaps(
         cells=cells,
         frozen=frozen,

@@ -38,7 +38,7 @@ PROTOCOL: dict[str, Any] = {"resolution": 400, "scoring_size": 400, "min_area": 
 """Fields of `custom_protocol`. Objects of fewer pixels than `min_area` are neither shown nor asked for."""
 BYTES = 12 * 2**30
 """Of features, which are kept at both sizes."""
-CHECK_EPISODES = 200
+CHECK_EPISODES = 300
 PARTS = 4
 """Classes are dealt to so many parts; a check leaves one of them out."""
 
@@ -117,9 +117,9 @@ def check_general(
             for shots, kind in _asked(recipe):
                 result = _score_member(segmenter, data, member, shots, kind)
                 found.setdefault((member, shots, kind), []).append(result)
-    names = source.class_names
+    names, at = source.class_names, f", photos at {photo_size}"
     return [
-        score_record(mean_result(results), f"{member}, classes left out", data, shots, kind, names)
+        score_record(mean_result(results), f"{member}, classes left out{at}", data, shots, kind, names)
         for (member, shots, kind), results in found.items()
     ]
 

@@ -138,9 +138,9 @@ def make_general(arguments: argparse.Namespace, backbone: Backbone) -> None:
         arguments.cache,
         folder,
         range(arguments.check),
-        PHOTO_SIZE,
+        arguments.check_size or PHOTO_SIZE,
     )
-    kept = folder / f"scores-{PHOTO_SIZE}-{arguments.check}x{steps}.json"
+    kept = folder / f"scores-{arguments.check_size or PHOTO_SIZE}-{arguments.check}x{steps}.json"
     scores = kept_scores(kept, check) if arguments.check else []
     ids = data.training_index.image_ids
     photos = {member: sum(one.startswith(f"{member}/") for one in ids) for member in source.sources}
@@ -157,7 +157,7 @@ def _command(arguments: argparse.Namespace, name: str) -> str:
     more = {"--steps": arguments.steps}
     if name == GENERAL:
         more |= {"--composites": arguments.composites or None, "--check-steps": arguments.check_steps}
-        more |= {"--check": arguments.check}
+        more |= {"--check": arguments.check, "--check-size": arguments.check_size}
     words = [word for flag, value in (given | more).items() if value is not None for word in (flag, str(value))]
     return "python scripts/train_weights.py " + shlex.join(words)
 
@@ -178,6 +178,7 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", type=int, default=1, choices=range(general_model.PARTS + 1), help="parts of classes to leave out"
     )
+    parser.add_argument("--check-size", type=int, help="of a check's photos, instead of what the models ask for")
     parser.add_argument("--check-steps", type=int, help="of a check's training, instead of the model's")
     arguments = parser.parse_args(given)
     if GENERAL in arguments.only and arguments.coco is None:

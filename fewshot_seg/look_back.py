@@ -1,9 +1,10 @@
-"""Weak supports seen in the light of the query's answer: each is segmented as if the query were its support.
+"""Bare photos as supports, seen in the light of the query's answer: each is segmented as if the query were its support.
 
-A support without a mask shows many things, and so does a query; what is asked for is in both. The first answer for the
-query, however rough, is a mask of the query, and a mask is what the model knows best to compare with: it segments the
-supports by it, and they, now with masks of their own, segment the query again. (Co-segmentation by turns; the query's
-image is all that is used, never its label.)
+A photo that comes without any mark shows many things, and so does a query; what is asked for is in both. The first
+answer for the query, however rough, is a mask of the query, and a mask is what the model knows best to compare with: it
+segments the photos by it, and they, now with masks of their own, segment the query again. (Co-segmentation by turns;
+the query's image is all that is used, never its label.) Supports with boxes, strokes or points are left alone: their
+marks say more than a rough answer does.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def look_back(
     answer: Answer,
     base_learner: BaseLearner | None,
 ) -> SupportEncoding:
-    """Supports whose open part is filled in by what the query's answer finds in them.
+    """Supports of which nothing was known are filled in by what the query's answer finds in them.
 
     Args:
         support: B encoded supports, as they were completed without the query.
@@ -48,18 +49,27 @@ def look_back(
         and of what the answer finds, since a wrong answer that is believed comes back as a wrong support. Masks, and
         what is known of others, stay.
     """
-    share = support.share.clone()
+    share, bare = support.share.clone(), of_bare_photos(support)
     for row in range(len(share)):
         shown = _query_as_support(photos, row, logits[row].sigmoid())
-        for number in range(int(support.photo[row].max()) + 1):
+        for number in support.photo[row, bare[row]].unique():
             of_photo = support.photo[row] == number
-            if not bool((support.open[row, of_photo] > 0).any()):
-                continue
             seen = _support_as_photo(support, row, of_photo, base_learner)
             assert seen.objectness is not None
             both = answer(shown, seen, cosine[row][:, of_photo].T[None]) + seen.objectness
             share[row, of_photo] = (both / 2).sigmoid().flatten()
     return with_share(support, share, base_learner=base_learner)
+
+
+def of_bare_photos(support: SupportEncoding) -> Tensor:
+    """bool (B, N): cells of supports of which neither object nor background was known, and something is open."""
+    known, still_open = support.foreground + support.background - support.open > LEAST_SHARE, support.open > 0
+    number = support.photo.clamp_min(0)  # what fills up is neither known nor open
+    told, asked = (
+        torch.zeros_like(support.open).scatter_add_(1, number, one.to(support.open.dtype)).gather(1, number)
+        for one in (known, still_open)
+    )
+    return (told == 0) & (asked > 0) & (support.photo >= 0)
 
 
 def with_share(support: SupportEncoding, share: Tensor, *, base_learner: BaseLearner | None) -> SupportEncoding:

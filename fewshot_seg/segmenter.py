@@ -24,7 +24,7 @@ from fewshot_seg.completion import SupportCompletion, estimate_object, open_part
 from fewshot_seg.decoder import ContextDecoder, Decoder, MaskDecoder, PriorReadout
 from fewshot_seg.encodings import PhotoMaps, Prediction, SupportEncoding, pool_cells
 from fewshot_seg.guided_upsampling import PIXELS_PER_CELL, guided_margins
-from fewshot_seg.look_back import LEAST_SHARE, look_back, with_share
+from fewshot_seg.look_back import LEAST_SHARE, look_back, of_bare_photos, with_share
 from fewshot_seg.priors import (
     PRIOR_CHANNELS,
     TEMPERATURE,
@@ -52,7 +52,7 @@ class FewShotSegmenter(nn.Module):
         threshold: logit above which a pixel is foreground, chosen on base classes.
         temperature: of the soft margin.
         completion: fills in supports marked by less than a mask; None goes by `estimate_object`, nothing trained.
-        weak_decoder: gives the first answer for supports of which a part was open, whose priors are less sure, and
+        weak_decoder: gives the first answer where bare photos are among the supports, whose priors are less sure, and
             looks back from the query to them (`look_back`), so that the decoder gets supports as good as masks. None
             does without.
         base_learner: knows the base classes; with it, the decoder reads `EVIDENCE_MAPS` beside the similarity's maps.
@@ -266,8 +266,8 @@ class FewShotSegmenter(nn.Module):
 
         Args:
             support, photos: B encoded supports and the queries' maps.
-            look_again: whether weak supports are completed anew by the decoder's first answer (`look_back`), where the
-                model has a decoder for them.
+            look_again: whether bare photos among the supports are completed anew by the first answer (`look_back`),
+                where the model has a decoder for that.
 
         Returns:
             float (B, P, h, w).
@@ -283,11 +283,13 @@ class FewShotSegmenter(nn.Module):
         margin = self._similarity_priors(support, maps, cosine)[:, 0]
         priors = self._similarity_priors(self._second_look(support, cosine, margin), maps, cosine)
         priors = self._joined(priors, support, photos)
-        if self.weak_decoder is None or not look_again:
+        bare = of_bare_photos(support).any(dim=1)
+        if self.weak_decoder is None or not look_again or not bool(bare.any()):
             return priors
         logits = self.weak_decoder(priors, photos.frozen, support.prototype)
         support = look_back(support, photos, logits, cosine, answer=self._answer, base_learner=self.base_learner)
-        return self._joined(self._similarity_priors(support, maps, cosine), support, photos)
+        again = self._joined(self._similarity_priors(support, maps, cosine), support, photos)
+        return torch.where(bare[:, None, None, None], again, priors)
 
     def _joined(self, priors: Tensor, support: SupportEncoding, photos: PhotoMaps) -> Tensor:
         """The similarity's maps, and what is read beside them."""

@@ -7,7 +7,7 @@
 One model a fold is trained on a mix of all kinds and evaluated with each, 1- and 5-shot: by default the small joint
 model over one backbone, whose threshold is chosen for each kind on held-out base classes; with --training cross-fitted
 the recipe of the shipped models, whose threshold is 0 and which are used on larger photos than they are trained on,
-and the same without the look back from query to supports.
+and the same without the look back from query to bare photos.
 Beside it stands the bare soft margin with nothing trained at all, 1-shot (not with --no-bare). Interrupted runs go on
 where they stopped. docs/results.md is written at the end.
 """
@@ -45,7 +45,6 @@ from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_fr
 
 MIX: tuple[SupportKind, ...] = ("label", "label", *SUPPORT_KINDS)
 """What supports of training episodes are marked by: image-level labels, the hardest, come three times in seven."""
-WEAK: tuple[SupportKind, ...] = tuple(kind for kind in SUPPORT_KINDS if kind != "mask")
 TRAINED = "ours, trained on all kinds of supports"
 CROSS_FITTED = f"ours, cross-fitted on all kinds of supports, photos at {PHOTO_SIZE}"
 FIRST_ANSWER = f"{CROSS_FITTED}, without looking back"
@@ -129,7 +128,7 @@ def _cross_fitted(
     scored = at_resolution(data, PHOTO_SIZE, cache=cache, byte_budget=BYTES)
     records = _cells(scored, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
     segmenter.decoder, segmenter.weak_decoder = segmenter.weak_decoder, None  # the first answer is the last
-    records += _cells(scored, folder, FIRST_ANSWER, (segmenter, None), _counts(episodes), quick, kinds=WEAK)
+    records += _cells(scored, folder, FIRST_ANSWER, (segmenter, None), _counts(episodes), quick, kinds=("label",))
     return [record | {"fold": fold} for record in records]
 
 

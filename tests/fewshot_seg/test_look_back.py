@@ -13,7 +13,7 @@ from episodes.types import SupportKind
 from fewshot_seg.backbones import Backbone
 from fewshot_seg.base_learner import class_profile
 from fewshot_seg.encodings import SupportEncoding
-from fewshot_seg.look_back import look_back, with_share
+from fewshot_seg.look_back import look_back, of_bare_photos, with_share
 from fewshot_seg.priors import cell_cosines
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from tests.fewshot_seg.test_segmenter import SIZE, disturbed, marked, outlines, photos
@@ -60,8 +60,10 @@ def certain(masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kinds", [("label",), ("label", "label"), ("box", "label"), ("point", "mask", "scribble")])
-def test_supports_are_segmented_as_if_the_query_were_their_support(
+@pytest.mark.parametrize(
+    "kinds", [("label",), ("label", "label"), ("box", "label"), ("point", "mask", "label", "scribble")]
+)
+def test_bare_photos_are_segmented_as_if_the_query_were_their_support(
     segmenter: FewShotSegmenter, kinds: tuple[SupportKind, ...]
 ) -> None:
     images, (masks, dense), queries = photos(2, len(kinds)), marked(2, kinds), photos(2, seed=1)
@@ -73,7 +75,7 @@ def test_supports_are_segmented_as_if_the_query_were_their_support(
         shown = segmenter.encode_support(queries[row : row + 1, None], answers[row : row + 1])
         for number, kind in enumerate(kinds):
             cells = slice(number * CELLS**2, (number + 1) * CELLS**2)
-            if kind == "mask":
+            if kind != "label":
                 assert torch.equal(found.foreground[row, cells], support.foreground[row, cells])
                 continue
             seen = segmenter.photo_maps(segmenter.backbone(images[row, number : number + 1]))
@@ -83,6 +85,20 @@ def test_supports_are_segmented_as_if_the_query_were_their_support(
             expected = ((logits + first) / 2).sigmoid().flatten()
             torch.testing.assert_close(found.share[row, cells], expected, rtol=1e-3, atol=1e-4)
             assert not torch.allclose(found.share[row, cells], support.share[row, cells], atol=1e-3)
+
+
+@torch.no_grad()
+def test_which_are_bare_photos(segmenter: FewShotSegmenter) -> None:
+    kinds: tuple[SupportKind, ...] = ("label", "box", "mask", "label")
+    support = segmenter.encode_support(photos(1, 4), *marked(1, kinds))
+    expected = [kind == "label" for kind in kinds for _ in range(CELLS**2)]
+    assert of_bare_photos(support)[0].tolist() == expected
+    nothing = torch.zeros_like(support.open)
+    filled = {
+        name: torch.cat([getattr(support, name), nothing], dim=1) for name in ("foreground", "background", "open")
+    }
+    longer = replace(support, photo=torch.cat([support.photo, nothing.long() - 1], dim=1), **filled)
+    assert of_bare_photos(longer)[0].tolist() == [*expected, *[False] * len(expected)]
 
 
 @torch.no_grad()
@@ -110,7 +126,7 @@ def test_what_follows_from_the_share(segmenter: FewShotSegmenter) -> None:
 
 @torch.no_grad()
 def test_the_model_looks_back_by_its_first_answer(segmenter: FewShotSegmenter) -> None:
-    support = segmenter.encode_support(photos(2, 2), *marked(2, ("label", "point")))
+    support = segmenter.encode_support(photos(2, 2), *marked(2, ("label", "mask")))
     queries = photos(2, seed=1)
     maps = segmenter.photo_maps(segmenter.backbone(queries))
     assert segmenter.weak_decoder is not None
@@ -124,12 +140,13 @@ def test_the_model_looks_back_by_its_first_answer(segmenter: FewShotSegmenter) -
 
 @torch.no_grad()
 def test_an_episode_gets_what_it_gets_alone(segmenter: FewShotSegmenter) -> None:
-    """One weak episode, one of masks, in one batch."""
-    images, queries = photos(2, 1), photos(2, seed=1)
-    masks, dense = outlines(2, 1), torch.tensor([[True], [False]])
-    masks[1] = marked(1, ("label",))[0][0]
+    """A mask, a bare photo and a point in one batch."""
+    images, queries = photos(3, 1), photos(3, seed=1)
+    masks, dense = outlines(3, 1), torch.tensor([[True], [False], [False]])
+    for row, kind in ((1, "label"), (2, "point")):
+        masks[row] = marked(1, (kind,))[0][0]  # type: ignore[arg-type]
     together = segmenter.segment(segmenter.encode_support(images, masks, dense), queries).logits
-    for row in range(2):
+    for row in range(3):
         rows = slice(row, row + 1)
         alone = segmenter.segment(segmenter.encode_support(images[rows], masks[rows], dense[rows]), queries[rows])
         torch.testing.assert_close(together[rows], alone.logits, rtol=1e-3, atol=1e-3)
@@ -154,8 +171,10 @@ def test_the_decoder_has_the_last_word(segmenter: FewShotSegmenter) -> None:
 
 
 @torch.no_grad()
-def test_masks_are_not_looked_back_at(segmenter: FewShotSegmenter) -> None:
-    support, maps = segmenter.encode_support(photos(2, 1), outlines(2, 1)), segmenter.backbone(photos(2, seed=1))
+@pytest.mark.parametrize("kind", ["mask", "box", "scribble", "point"])
+def test_others_are_not_looked_back_at(segmenter: FewShotSegmenter, kind: SupportKind) -> None:
+    support = segmenter.encode_support(photos(2, 1), *marked(2, (kind,)))
+    maps = segmenter.backbone(photos(2, seed=1))
     photo_maps = segmenter.photo_maps(maps)
     first = segmenter.priors_of(support, photo_maps, look_again=False)
     assert torch.equal(segmenter.priors_of(support, photo_maps), first)

@@ -103,7 +103,7 @@ def test_a_fold_and_the_general_model(
         assert load_segmenter(out / model.file).notes["trained_at"] == 64
     assert fold.command.endswith("--only pascal-fold1")
     assert {score["data"] for score in general.scores} == {
-        f"{member}, classes left out" for member in ("voc", "coco", "synthetic")
+        f"{member}, classes left out, photos at 96" for member in ("voc", "coco", "synthetic")
     }
     assert {score["support"] for score in general.scores} == {"mask", "box", "scribble", "point", "label"}
     for model in (fold, general):

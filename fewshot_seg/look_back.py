@@ -52,7 +52,7 @@ def look_back(
     share, bare = support.share.clone(), of_bare_photos(support)
     for row in range(len(share)):
         shown = _query_as_support(photos, row, logits[row].sigmoid())
-        for number in support.photo[row, bare[row]].unique():
+        for number in sorted(set(support.photo[row, bare[row]].tolist())):
             of_photo = support.photo[row] == number
             seen = _support_as_photo(support, row, of_photo, base_learner)
             assert seen.objectness is not None

@@ -74,7 +74,7 @@ def _fold(fold: int, arguments: argparse.Namespace) -> list[Record]:
         for shots in (0, *arguments.shots):
             if size in (arguments.score_at if shots else arguments.sizes):
                 records += _cell(segmenter, data, model, shots, arguments)
-    return [provenance() | record for record in records]
+    return [record | provenance() for record in records]
 
 
 def _cell(
@@ -124,7 +124,7 @@ def _shipped_records(model: Path, data: FoldData, shots: int, count: int | None)
                     "task": "segmentation",
                     "method": method_at(data.resolution, data.protocol.resolution),
                 }
-                common |= {"seeds": [data.protocol.seed], "command": shipped.command, "commit": shipped.commit}
+                common |= {"seeds": [data.protocol.seed]}
                 values = {"FB-IoU": score["fb_iou"]}
                 values |= {f"IoU: {name}": value for name, value in score["per_class"].items()}
                 interval = {name: score[name] for name in ("value", "low", "high")}

@@ -142,7 +142,8 @@ def _tensors(encoding: SupportEncoding) -> dict[str, Tensor]:
 def _is_sound(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of a file has its shape and type, and values that can be computed with."""
     if name == "photo":
-        return tensor.shape == shape and tensor.dtype == torch.int64 and bool((tensor.abs() <= shape[1]).all())
+        is_index = tensor.shape == shape and tensor.dtype == torch.int64
+        return is_index and bool(((tensor >= 0) & (tensor < shape[1])).all())
     return tensor.shape == shape and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
 
 

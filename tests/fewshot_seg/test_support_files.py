@@ -88,6 +88,22 @@ def test_of_a_model_with_a_base_learner(learned: FewShotSegmenter, tmp_path: Pat
         load_support(path, learned, resolution=SIZE, fit="squash")
 
 
+@pytest.mark.parametrize("number", [-1, 10**6, None])
+def test_numbers_of_supports_that_cannot_be_are_refused(
+    segmenter: FewShotSegmenter, tmp_path: Path, number: int | None
+) -> None:
+    path = tmp_path / "s.safetensors"
+    save_support(path, encoded(segmenter, weak=True), segmenter, resolution=SIZE, fit="pad")
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["fewshot_seg"])
+    tensors = load_file(path)
+    photo = tensors["photo"]
+    tensors["photo"] = photo.float() if number is None else photo.clone().fill_(number)
+    write_tensors(path, tensors, description)
+    with pytest.raises(DataError, match="its tensors are not those of a support set"):
+        load_support(path, segmenter, resolution=SIZE, fit="pad")
+
+
 @pytest.mark.parametrize("damage", ["lacking", "classes", "dimensions", "nan"])
 def test_a_damaged_profile_is_refused(learned: FewShotSegmenter, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "s.safetensors"

@@ -22,7 +22,7 @@ LEAST_SHARE = 1e-3
 """A completed cell is never beyond doubt when it is looked at again."""
 
 Answer = Callable[[SupportEncoding, PhotoMaps, Tensor], Tensor]
-"""answer(supports, photos, cosine): logits float (B, h, w); `cosine` is of the photos' cells with the supports'."""
+"""Gives logits float (B, h, w) of encoded supports, photos, and the cosines of the photos' cells with the supports'."""
 
 
 def look_back(

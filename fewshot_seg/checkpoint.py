@@ -248,13 +248,9 @@ def _parts_of(
     }
     for part, kind in _FURTHER.items():
         if description.get(part) is not None:
-            makers[part] = partial(_made, kind, description[part])
+            makers[part] = partial(kind, **description[part])
     _check_sizes([description["decoder"], *(description.get(part) for part in _FURTHER)], tensors)
     return _sized_as_stored(makers, tensors, path)
-
-
-def _made(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    return kind(**arguments)
 
 
 def _sized_as_stored(

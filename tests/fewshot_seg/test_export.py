@@ -80,8 +80,9 @@ def tiny(encoder: nn.Module | None = None) -> Backbone:
 
 
 def trained(**arguments: Any) -> FewShotSegmenter:
-    """A model whose every part has a say."""
+    """A model whose every part has a say; the decoder of weak supports has none in the graphs, which are of masks."""
     segmenter = build_segmenter(tiny(), decoder_width=8, decoder_blocks=1, similarity_rank=4, **arguments).eval()
+    weak, segmenter.weak_decoder = segmenter.weak_decoder, None
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
@@ -96,6 +97,7 @@ def trained(**arguments: Any) -> FewShotSegmenter:
         with torch.no_grad():
             logits = segmenter.segment(segmenter.encode_support(images[None], masks[None]), queries[:1]).logits
         segmenter.threshold = float(logits.median())
+    segmenter.weak_decoder = weak
     return segmenter
 
 
@@ -146,7 +148,7 @@ class Exported:
         assert clear.mean() > 0.99
         mask = logits > self.metadata["threshold"]
         assert np.array_equal(mask[clear], expected.masks.numpy()[clear])
-        assert expected.logits.std() > 100 * TOLERANCE
+        assert 0 < mask.mean() < 1
         enlarged = F.interpolate(torch.from_numpy(coarse)[:, None], (height, width), mode="bilinear")[:, 0]
         np.testing.assert_allclose(enlarged, expected.logits, atol=TOLERANCE)
 

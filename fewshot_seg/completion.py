@@ -4,7 +4,8 @@ A support marked by less than a mask says for every cell how much of it is known
 background, and how much is open. `estimate_object` fills in the open part without any training: by place first, then
 by likeness to what that made object and background. `SupportCompletion` is a small network that corrects the
 estimate. It is trained on base classes, where the masks behind weak supports are known, and sees no class name: it
-learns which part of a photo a person would mark.
+learns which part of a photo a person would mark. Of a bare photo, where nothing is known, an `ObjectClassifier` may
+answer instead: what the network learns there holds for the classes it learned from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from episodes.types import IGNORE, DataError
 from fewshot_seg.decoder import ConvolutionBlock, MapDropout
+from fewshot_seg.objectness import ObjectClassifier
 from fewshot_seg.priors import COSINE_UNIT, TEMPERATURE, soft_margin
 from fewshot_seg.similarity import masked_average_pool
 
@@ -97,6 +99,7 @@ class SupportCompletion(nn.Module):
         appearance: channels that they are reduced to.
         width: hidden channels, a multiple of 8.
         dropout: probability of dropping a reduced or hidden map.
+        objects: whether an `ObjectClassifier`, to be fitted, answers for photos of which nothing is known.
         seed: seed of the initial values; the global random state is left alone.
 
     Raises:
@@ -104,7 +107,14 @@ class SupportCompletion(nn.Module):
     """
 
     def __init__(
-        self, *, feature_channels: int, appearance: int = 16, width: int = 48, dropout: float = 0.3, seed: int = 0
+        self,
+        *,
+        feature_channels: int,
+        appearance: int = 16,
+        width: int = 48,
+        dropout: float = 0.3,
+        objects: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if min(feature_channels, appearance) < 1 or width < 8 or width % 8:
@@ -118,7 +128,9 @@ class SupportCompletion(nn.Module):
             "appearance": appearance,
             "width": width,
             "dropout": dropout,
+            "objects": objects,
         }
+        self.objects = ObjectClassifier(feature_channels=feature_channels) if objects else None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
             self.reduce = nn.Sequential(MapDropout(dropout), nn.Conv2d(feature_channels, appearance, 1))
@@ -164,7 +176,17 @@ class SupportCompletion(nn.Module):
             hidden = hidden + block(hidden)
         hidden = hidden + self.context(hidden.mean(dim=(2, 3)))[:, :, None, None]
         correction: Tensor = self.exit(self.dropout(F.relu(hidden)))[:, 0]
-        return self.gain * estimate + correction
+        logits = self.gain * estimate + correction
+        if self.objects is None:
+            return logits
+        return torch.where(_any(foreground) | _any(background), logits, self.objects(features))
+
+    def of_bare_photos(self, maps: Tensor, features: Tensor) -> Tensor:
+        """As `forward`, of photos of which nothing is known."""
+        if self.objects is not None:
+            return self.objects(features)  # type: ignore[no-any-return]
+        nothing = torch.zeros_like(maps[:, 0])
+        return self(maps, features, nothing, nothing, torch.ones_like(nothing))  # type: ignore[no-any-return]
 
 
 def _hints(maps: Tensor, foreground: Tensor, background: Tensor, still_open: Tensor, estimate: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ def train_cross_fitted(
         )
 
         def embedded() -> FewShotSegmenter:
+            if segmenter.completion is not None and segmenter.completion.objects is not None:
+                segmenter.completion.objects.fit(*cells.of(base))
             train_embedding(
                 segmenter,
                 drawn,

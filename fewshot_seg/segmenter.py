@@ -347,9 +347,7 @@ class FewShotSegmenter(nn.Module):
         With image-level supports it carries much of the answer: a photo's main object is likely what is asked for.
         """
         assert self.completion is not None
-        nothing = torch.zeros_like(maps[:, 0])
-        logits: Tensor = self.completion(maps.detach(), joined, nothing, nothing, torch.ones_like(nothing))
-        return logits
+        return self.completion.of_bare_photos(maps.detach(), joined)
 
     def attention_maps(
         self,
@@ -459,7 +457,9 @@ def build_segmenter(
         decoder=decoder,
         prior=prior,
         attention=attention,
-        completion=SupportCompletion(feature_channels=width, seed=seed) if completion else None,
+        completion=SupportCompletion(feature_channels=width, objects=base_classes > 0, seed=seed)
+        if completion
+        else None,
         weak_decoder=ContextDecoder(prior_channels=maps, seed=seed) if completion and base_classes else None,
         base_learner=BaseLearner(feature_channels=width, classes=base_classes) if base_classes else None,
         guided=base_classes > 0,

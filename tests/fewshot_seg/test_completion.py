@@ -273,8 +273,29 @@ class TestSupportCompletion:
         torch.autograd.backward(completion(*inputs()).square().mean())
         assert [n for n, p in completion.named_parameters() if p.grad is None or not p.grad.any()] == []
 
+    def test_objects_answer_for_bare_photos_alone(self) -> None:
+        """Photos with a mark, also in the same batch, are completed by the network as before."""
+        completion, maps, features = disturbed(new(objects=True)), unit(4, CELLS, 4, 5), unit(4, FEATURES, 4, 5, seed=1)
+        maps, features = maps.float(), features.float()
+        parts = [
+            torch.cat(part)
+            for part in zip(*(with_open(known(kind, dtype=torch.float32)) for kind in KINDS), strict=True)
+        ]
+        assert completion.objects is not None
+        completion.objects.weight.copy_(torch.linspace(-1, 1, FEATURES))
+        found = completion(maps, features, *parts)
+        bare = [kind == "label" for kind in KINDS]
+        plain = new()
+        plain.load_state_dict({name: one for name, one in completion.state_dict().items() if "objects" not in name})
+        expected = plain.eval()(maps, features, *parts)
+        assert torch.equal(found[bare], completion.objects(features)[bare])
+        assert torch.equal(found[[not one for one in bare]], expected[[not one for one in bare]])
+        assert (found[bare] - expected[bare]).abs().max() > 1e-2
+        assert torch.equal(completion.of_bare_photos(maps, features)[bare], found[bare])
+        torch.testing.assert_close(plain.of_bare_photos(maps, features)[bare], expected[bare], rtol=1e-4, atol=1e-4)
+
     def test_can_be_built_again(self) -> None:
-        completion = disturbed(new(appearance=3, width=16, dropout=0.3))
+        completion = disturbed(new(appearance=3, width=16, dropout=0.3, objects=True))
         again = SupportCompletion(**completion.description(), seed=9)
         again.load_state_dict(completion.state_dict())
         assert again.description() == completion.description()

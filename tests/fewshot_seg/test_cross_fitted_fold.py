@@ -19,13 +19,14 @@ from episodes.sources import SyntheticSource, VocSource
 from episodes.types import DataError
 from fewshot_seg import cross_fitted_fold
 from fewshot_seg.backbones import Backbone
-from fewshot_seg.checkpoint import trained_tensors
+from fewshot_seg.checkpoint import read_tensors, trained_tensors
 from fewshot_seg.cross_fitted_fold import class_groups, train_cross_fitted
 from fewshot_seg.cross_fitting import train_decoder
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.experiment import TrainedFold
 from fewshot_seg.feature_episodes import CachedEpisodes, FeatureEpisodes
 from fewshot_seg.fold_data import ClassCells, FoldData, class_cells, group_episodes, open_fold, training_episodes
+from fewshot_seg.objectness import ObjectClassifier
 from fewshot_seg.optimisation import TrainingResult
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import join_levels
@@ -312,6 +313,21 @@ class TestTraining:
         assert not torch.equal(weak.segmenter.weak_decoder.exit.weight, weak.segmenter.decoder.exit.weight)  # type: ignore[union-attr]
         again = train(data, tmp_path, completion=True, supports=("mask", "box", "label"), resume=True)
         assert_same_weights(again, weak)
+
+    def test_objects_are_those_of_the_classes_that_train(self, data: FoldData, tmp_path: Path) -> None:
+        """What answers for bare photos is fitted to base classes; of the group's own priors, to the other groups."""
+        options = {"completion": True, "supports": ("mask", "label")}
+        trained = train(data, tmp_path, **options)
+        cells = class_cells(data, seed=SHORT["seed"])
+        for number, group in enumerate((*GROUPS, ())):
+            expected = ObjectClassifier(feature_channels=cells.cells.shape[1])
+            expected.fit(*cells.of(tuple(class_id for class_id in BASE if class_id not in group)))
+            folder = tmp_path / (f"group{number}" if group else "all")
+            tensors, _ = read_tensors(folder / "checkpoint.safetensors")
+            assert torch.equal(tensors["completion.objects.weight"], expected.weight)
+        assert trained.segmenter.completion is not None
+        assert trained.segmenter.completion.objects is not None
+        assert torch.equal(trained.segmenter.completion.objects.weight, expected.weight)
 
     def test_classes_with_few_photos_give_what_they_can(self, data: FoldData, monkeypatch: pytest.MonkeyPatch) -> None:
         """A class is on 24 photos at most: too few for 24 supports that must differ."""

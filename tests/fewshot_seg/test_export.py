@@ -87,6 +87,8 @@ def trained(**arguments: Any) -> FewShotSegmenter:
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        if segmenter.completion is not None and segmenter.completion.objects is not None:
+            segmenter.completion.objects.weight.normal_(std=4, generator=generator)
     if isinstance(segmenter.decoder, ContextDecoder):
         maps = torch.randn(9, segmenter.decoder.prior_channels, 5, 5, generator=generator)
         segmenter.decoder.fit_scales(2 * maps + 1)

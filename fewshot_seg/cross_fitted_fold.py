@@ -26,6 +26,7 @@ from fewshot_seg.cross_fitting import (
 from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.distributed import current_ranks, said_once
 from fewshot_seg.experiment import TrainedFold
+from fewshot_seg.feature_episodes import FeatureEpisodes
 from fewshot_seg.fold_data import (
     Augment,
     ClassCells,
@@ -38,6 +39,9 @@ from fewshot_seg.fold_data import (
 from fewshot_seg.metrics import EpisodeIoU
 from fewshot_seg.optimisation import TrainingResult
 from fewshot_seg.segmenter import FewShotSegmenter
+
+_Asked = tuple[tuple[int, ...], Sequence[tuple[int, int]]]
+"""Episodes whose priors are stored: of which classes, and (shots, number of episodes)."""
 
 
 def class_groups(data: FoldData) -> tuple[tuple[int, ...], ...]:
@@ -177,42 +181,26 @@ def train_cross_fitted(
         marks["weak_priors"] = weak
 
     def priors_of(
-        file: str,
-        embedding: Callable[[], FewShotSegmenter],
-        described: dict[str, Any],
-        classes: tuple[int, ...],
-        counts: Sequence[tuple[int, int]],
+        file: str, embedding: Callable[[], FewShotSegmenter], described: dict[str, Any], asked: _Asked
     ) -> dict[str, dict[str, Tensor]]:
-        """Priors of episodes of some classes, by each set of `marks`, from files if they are there."""
-        trained, asked = functools.cache(embedding), (classes, counts)
-        return {
-            name: of_kinds(file.format(name), trained, described | ({"marks": kinds} if weak else {}), kinds, asked)
-            for name, kinds in marks.items()
-        }
-
-    def of_kinds(
-        file: str,
-        embedding: Callable[[], FewShotSegmenter],
-        described: dict[str, Any],
-        kinds: Sequence[SupportKind],
-        asked: tuple[tuple[int, ...], Sequence[tuple[int, int]]],
-    ) -> dict[str, Tensor]:
-        classes, counts = asked
-        drawn = [
-            group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=kinds)
-            for shots, count in _drawable(data, classes, counts)
-        ]
-
-        def compute() -> dict[str, Tensor]:
-            segmenter = embedding()
-            return _joined([priors_of_episodes(segmenter, one, show_progress=show_progress) for one in drawn])
-
-        kept = None if folder is None else folder / file
-        if kept is not None and not resume:
-            kept.unlink(missing_ok=True)
-        return keep_tensors(
-            kept, compute, settings | described | {"asked": classes, "episodes": counts}, is_sound=are_priors
-        )
+        """Priors of the episodes asked for, by each set of `marks`, from files if they are there."""
+        trained, (classes, counts) = functools.cache(embedding), asked
+        found = {}
+        for name, kinds in marks.items():
+            drawn = [
+                group_episodes(data, classes, shots=shots, count=count, seed=seed + 1, supports=kinds)
+                for shots, count in _drawable(data, classes, counts)
+            ]
+            kept = None if folder is None else folder / file.format(name)
+            if kept is not None and not resume:
+                kept.unlink(missing_ok=True)
+            found[name] = keep_tensors(
+                kept,
+                functools.partial(_priors_by, trained, drawn, show_progress=show_progress),
+                settings | described | ({"marks": kinds} if weak else {}) | {"asked": classes, "episodes": counts},
+                is_sound=are_priors,
+            )
+        return found
 
     found = list[dict[str, dict[str, Tensor]]]()
     for number, group in enumerate(groups):
@@ -220,14 +208,14 @@ def train_cross_fitted(
         untrained, name = build(len(others)), f"group{number}"
         embedding = embedding_of(untrained, others, name)
         described = _model_settings(untrained, others)
-        found.append(priors_of(f"{name}/{{}}.safetensors", embedding, described, group, decoder_episodes))
+        found.append(priors_of(f"{name}/{{}}.safetensors", embedding, described, (group, decoder_episodes)))
     unseen = _joined([one["priors"] for one in found])
     segmenter = embedding_of(build(len(data.split.base)), data.split.base, "all")()
     if known_episodes:
         described = _model_settings(segmenter, data.split.base)
         file = "all/known_{}.safetensors"
-        found.append(priors_of(file, lambda: segmenter, described, data.split.base, known_episodes))
-    asked = [(group, decoder_episodes) for group in groups] + [(data.split.base, known_episodes)]
+        found.append(priors_of(file, lambda: segmenter, described, (data.split.base, known_episodes)))
+    asked: list[_Asked] = [(group, decoder_episodes) for group in groups] + [(data.split.base, known_episodes)]
 
     def trained_decoder(part: str, names: Sequence[str]) -> TrainingResult:
         """Trains one of the model's decoders on some sets of priors."""
@@ -275,6 +263,13 @@ def _model_settings(segmenter: FewShotSegmenter, base: Sequence[int]) -> dict[st
     }
 
 
+def _priors_by(
+    embedding: Callable[[], FewShotSegmenter], episodes: Sequence[FeatureEpisodes], *, show_progress: bool
+) -> dict[str, Tensor]:
+    segmenter = embedding()
+    return _joined([priors_of_episodes(segmenter, one, show_progress=show_progress) for one in episodes])
+
+
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -288,9 +283,7 @@ def _drawable(data: FoldData, group: Sequence[int], wanted: Sequence[tuple[int, 
     ]
 
 
-def _stored_spec(
-    data: FoldData, asked: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], seed: int, number: int
-) -> EpisodeSpec:
+def _stored_spec(data: FoldData, asked: Sequence[_Asked], seed: int, number: int) -> EpisodeSpec:
     """The spec of an episode whose priors are stored, from all that were asked for, in order."""
     for classes, counts in asked:
         for shots, count in _drawable(data, classes, counts) if counts else ():

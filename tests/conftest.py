@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,31 @@ _CUB_DEFAULT = _DATA / "cub_subset"
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for each other
+
+
+class _ParsedError(Exception):
+    """A script's arguments were understood; it goes no further."""
+
+
+@pytest.fixture
+def parse_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
+    """Starts a script of ``python scripts/...`` up to its parser, which must take the arguments."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
+        original(parser, *given, **named)
+        raise _ParsedError
+
+    def parse_script(words: Sequence[str]) -> None:
+        script = Path(__file__).resolve().parents[1] / words[1]
+        with monkeypatch.context() as patch, contextlib.suppress(_ParsedError):
+            patch.setattr(sys, "argv", list(words[1:]))
+            patch.syspath_prepend(str(script.parent))
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+            runpy.run_path(str(script), run_name="__main__")
+            raise AssertionError(f"{words[1]} parses nothing")
+
+    return parse_script
 
 
 @pytest.fixture(scope="session")

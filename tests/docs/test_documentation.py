@@ -6,7 +6,6 @@ language or setting that it does not know fails here. Its counts are those of do
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import doctest
 import itertools
@@ -56,10 +55,6 @@ SMALL = {
 """Settings that make a verb cheap; they come last, and so win over those of the page."""
 
 
-class ParsedError(Exception):
-    """A script's arguments were understood; it goes no further."""
-
-
 def config_of(arguments: Sequence[str]) -> tuple[str, Config]:
     """The verb and the whole configuration of a command line, checked as the command would."""
     given = vars(build_parser().parse_args(list(arguments)))
@@ -74,27 +69,18 @@ def of_fewshot_seg(words: Sequence[str]) -> list[str]:
     return list(words[1:] if words[0] == "fewshot-seg" else words[list(words).index("fewshot_seg") + 1 :])
 
 
-def parse_script(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a script up to its parser, which must take the arguments."""
-    script, original = ROOT / words[1], argparse.ArgumentParser.parse_args
-
-    def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
-        original(parser, *given, **named)
-        raise ParsedError
-
-    with monkeypatch.context() as patch, contextlib.suppress(ParsedError):
-        patch.setattr(sys, "argv", list(words[1:]))
-        patch.syspath_prepend(str(script.parent))
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-        runpy.run_path(str(script), run_name="__main__")
-        raise AssertionError(f"{words[1]} parses nothing")
-
-
 class Reader:
     """Does what a page says, in the order of the page, in one folder."""
 
-    def __init__(self, documented: ModuleType, monkeypatch: pytest.MonkeyPatch, make_run: Callable[..., Path]) -> None:
+    def __init__(
+        self,
+        documented: ModuleType,
+        monkeypatch: pytest.MonkeyPatch,
+        make_run: Callable[..., Path],
+        parse_script: Callable[[Sequence[str]], None],
+    ) -> None:
         self.documented, self.monkeypatch, self.make_run = documented, monkeypatch, make_run
+        self.parse_script = parse_script
         self.names: dict[str, Any] = {}
 
     def read(self, block: Any) -> None:
@@ -125,7 +111,7 @@ class Reader:
             if way == "executed" and executes:
                 self.run_script(words)
             else:
-                parse_script(words, self.monkeypatch)
+                self.parse_script(words)
         elif words[0] == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-"))
         else:
@@ -234,6 +220,7 @@ def reader(
     documented: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     make_run: Callable[..., Path],
+    parse_script: Callable[[Sequence[str]], None],
     tmp_path: Path,
     checkout: Path,  # noqa: ARG001
 ) -> Reader:
@@ -261,7 +248,7 @@ def reader(
     monkeypatch.setitem(train_base_learner.__kwdefaults__, "steps", 3)  # no setting of the command line
     without_waiting = SimpleNamespace(**{**vars(threading), "Event": Interrupted})
     monkeypatch.setattr(app_commands, "threading", without_waiting)
-    return Reader(documented, monkeypatch, make_run)
+    return Reader(documented, monkeypatch, make_run, parse_script)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -28,7 +28,6 @@ def commands(voc: Path, coco: Path, cub: Path) -> list[tuple[str, ...]]:
     return [
         ("train_weights.py", "--voc", str(voc), "--only", *_PASCAL, "--out", "runs/weights"),
         ("reproduce_sizes.py", *root),
-        ("reproduce_sizes.py", *root, "--sizes", "400", "560", "640", "--score-at", "560", "--base-episodes", "50"),
         ("reproduce_cross_fitting.py", *root, "--shots", "1", "5"),
         ("reproduce_supports.py", *root, "--training", "cross-fitted", "--no-bare", "--episodes", "250"),
         ("reproduce_supports.py", *root),

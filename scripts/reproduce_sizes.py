@@ -115,21 +115,17 @@ def _shipped_records(model: Path, data: FoldData, shots: int, count: int | None)
     """Records of a shipped file's scores over these episodes; none where the manifest beside it has no such score."""
     asked = {"data": benchmark_name(data), "protocol": data.protocol.name, "fold": data.fold, "shots": shots}
     asked |= {"support": "mask", "metric": "mIoU", "episodes": count or data.protocol.episodes}
-    for shipped in shipped_models(model.parent):
-        if shipped.sha256 != file_digest(model) or shipped.resolution != data.resolution:
-            continue
-        for score in shipped.scores:
-            if all(score[name] == value for name, value in asked.items()):
-                common = asked | {
-                    "task": "segmentation",
-                    "method": method_at(data.resolution, data.protocol.resolution),
-                }
-                common |= {"seeds": [data.protocol.seed]}
-                values = {"FB-IoU": score["fb_iou"]}
-                values |= {f"IoU: {name}": value for name, value in score["per_class"].items()}
-                interval = {name: score[name] for name in ("value", "low", "high")}
-                return [common | interval, *(common | {"metric": name, "value": one} for name, one in values.items())]
-    return []
+    digest = file_digest(model)
+    same = (one for one in shipped_models(model.parent) if (one.sha256, one.resolution) == (digest, data.resolution))
+    scores = [score for one in same for score in one.scores if all(score[name] == asked[name] for name in asked)]
+    if not scores:
+        return []
+    common = asked | {"task": "segmentation", "method": method_at(data.resolution, data.protocol.resolution)}
+    common |= {"seeds": [data.protocol.seed]}
+    values = {"FB-IoU": scores[0]["fb_iou"]}
+    values |= {f"IoU: {name}": value for name, value in scores[0]["per_class"].items()}
+    interval = {name: scores[0][name] for name in ("value", "low", "high")}
+    return [common | interval, *(common | {"metric": name, "value": one} for name, one in values.items())]
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:

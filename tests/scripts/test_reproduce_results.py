@@ -46,7 +46,7 @@ def test_the_first_that_fails_ends_it(
     assert script.main(FOLDERS) == 3
     assert started == ["scripts/train_weights.py", "scripts/reproduce_sizes.py"]
     captured = capsys.readouterr()
-    assert "[2/13] python scripts/reproduce_sizes.py --root voc" in captured.out
+    assert "[2/12] python scripts/reproduce_sizes.py --root voc" in captured.out
     assert captured.err == "reproduce_sizes.py stopped with 3; run the same command again to go on there\n"
 
 

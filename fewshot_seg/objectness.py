@@ -16,6 +16,7 @@ from episodes.types import DataError
 
 SHRINKAGE = 3.0
 """Of the covariance, in units of its mean variance; chosen on held-out base classes."""
+_NOT_APART, _MEND = "objects cannot be told from their surroundings", "check the masks, or train with --training joint"
 _ROWS = 8192  # of cells that are taken to double precision at once
 
 
@@ -40,13 +41,13 @@ def shrunk_discriminant(
         DataError: one of the sides has no cell, or the two cannot be told apart.
     """
     if min(float(foreground.sum()), float(background.sum())) <= 0:
-        raise DataError("objects cannot be told from their surroundings: the photos show only one of both")
+        raise DataError(f"{_NOT_APART}: the photos show only one of both; {_MEND}")
     means, covariances = zip(*(_moments(cells, side) for side in (foreground, background)), strict=True)
     within = (covariances[0] + covariances[1]) / 2
     apart = means[0] - means[1]
     shrunk = within + shrinkage * within.diagonal().mean() * torch.eye(len(apart), dtype=within.dtype)
     if not bool(apart.any()) or not float(shrunk.diagonal().mean()) > 0:
-        raise DataError("objects cannot be told from their surroundings: all cells are alike")
+        raise DataError(f"{_NOT_APART}: all cells are alike; {_MEND}")
     weight = torch.linalg.solve(shrunk, apart)
     weight = weight * (weight @ apart) / (weight @ within @ weight).clamp_min(torch.finfo(torch.float32).tiny)
     return weight.float(), -(weight @ (means[0] + means[1]) / 2).float()

@@ -88,12 +88,12 @@ class TestShrunkDiscriminant:
     def test_one_side_alone(self, side: int) -> None:
         cells, *sides = drawn()
         sides[side] = torch.zeros_like(sides[side])
-        with pytest.raises(DataError, match="show only one of both"):
+        with pytest.raises(DataError, match="show only one of both; check the masks, or train with --training joint"):
             shrunk_discriminant(cells, *sides)
 
     def test_cells_that_are_all_alike(self) -> None:
         _, foreground, background = drawn()
-        with pytest.raises(DataError, match="all cells are alike"):
+        with pytest.raises(DataError, match="all cells are alike; check the masks"):
             shrunk_discriminant(torch.ones(len(foreground), 4), foreground, background)
 
 

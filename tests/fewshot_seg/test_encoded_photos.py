@@ -31,6 +31,8 @@ def shaken(segmenter: FewShotSegmenter) -> FewShotSegmenter:
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        if segmenter.completion is not None and segmenter.completion.objects is not None:
+            segmenter.completion.objects.weight.normal_(generator=generator)
     return segmenter.eval()
 
 

@@ -69,6 +69,8 @@ def disturbed(segmenter: FewShotSegmenter) -> FewShotSegmenter:
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if segmenter.completion is not None and segmenter.completion.objects is not None:
+            segmenter.completion.objects.weight.normal_(generator=generator)
     return segmenter.eval()
 
 

@@ -151,6 +151,7 @@ class Exported:
         mask = logits > self.metadata["threshold"]
         assert np.array_equal(mask[clear], expected.masks.numpy()[clear])
         assert 0 < mask.mean() < 1
+        assert expected.logits.std() > 100 * TOLERANCE
         enlarged = F.interpolate(torch.from_numpy(coarse)[:, None], (height, width), mode="bilinear")[:, 0]
         np.testing.assert_allclose(enlarged, expected.logits, atol=TOLERANCE)
 

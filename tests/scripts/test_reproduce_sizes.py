@@ -91,6 +91,7 @@ def test_scores_of_the_manifest_are_taken(
             with pytest.raises(TypeError):
                 script.main([*given, *changed])
     again = [one for one in json.loads((tmp_path / "results.json").read_text()) if one["task"] == "segmentation"]
+    assert {one["command"] for one in again} == {script.provenance()["command"]}  # not the training
     key = ("fold", "metric")
     assert {(*(one[name] for name in key), one["value"]) for one in again} == {
         (*(one[name] for name in key), one["value"]) for one in found

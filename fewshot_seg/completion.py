@@ -181,7 +181,7 @@ class SupportCompletion(nn.Module):
             return logits
         return torch.where(_any(foreground) | _any(background), logits, self.objects(features))
 
-    def of_bare_photos(self, maps: Tensor, features: Tensor) -> Tensor:
+    def objectness(self, maps: Tensor, features: Tensor) -> Tensor:
         """As `forward`, of photos of which nothing is known."""
         if self.objects is not None:
             return self.objects(features)  # type: ignore[no-any-return]

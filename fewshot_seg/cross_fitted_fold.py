@@ -157,8 +157,7 @@ def train_cross_fitted(
         )
 
         def embedded() -> FewShotSegmenter:
-            if segmenter.completion is not None and segmenter.completion.objects is not None:
-                segmenter.completion.objects.fit(*cells.of(base))
+            _fit_to_cells(segmenter, cells, base, seed)
             train_embedding(
                 segmenter,
                 drawn,
@@ -170,7 +169,6 @@ def train_cross_fitted(
                 folder=None if folder is None else folder / name,
                 **run,
             )
-            _fit_base_learner(segmenter, cells, base, seed)
             return segmenter
 
         return embedded
@@ -294,10 +292,14 @@ def _stored_spec(data: FoldData, asked: Sequence[_Asked], seed: int, number: int
     raise IndexError(number)
 
 
-def _fit_base_learner(segmenter: FewShotSegmenter, cells: ClassCells, base: tuple[int, ...], seed: int) -> None:
+def _fit_to_cells(segmenter: FewShotSegmenter, cells: ClassCells, base: tuple[int, ...], seed: int) -> None:
+    """The parts that no episode trains: base learner, and the completion's classifier of objects."""
     if segmenter.base_learner is None:
         raise DataError("cross-fitting trains a model with a base learner and a ContextDecoder")
-    train_base_learner(segmenter.base_learner, *cells.of(base), seed=seed)
+    of_base = cells.of(base)
+    train_base_learner(segmenter.base_learner, *of_base, seed=seed)
+    if segmenter.completion is not None and segmenter.completion.objects is not None:
+        segmenter.completion.objects.fit(*of_base)
 
 
 @torch.no_grad()

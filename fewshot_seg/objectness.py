@@ -88,17 +88,19 @@ class ObjectClassifier(nn.Module):
         self.register_buffer("weight", torch.zeros(feature_channels))
         self.register_buffer("bias", torch.zeros(()))
 
-    def fit(self, cells: Tensor, shares: Tensor) -> None:
+    def fit(self, cells: Tensor, shares: Tensor, *, shrinkage: float = SHRINKAGE) -> None:
         """Set it, in place.
 
         Args:
             cells: unit-length frozen cells, float (N, D), half precision will do.
             shares: float (N, C + 1), what each cell shows of C classes of objects, background last.
+            shrinkage: see `shrunk_discriminant`.
 
         Raises:
             DataError: see `shrunk_discriminant`.
         """
-        weight, bias = shrunk_discriminant(cells, shares[:, :-1].float().sum(dim=1), shares[:, -1].float())
+        foreground, background = shares[:, :-1].float().sum(dim=1), shares[:, -1].float()
+        weight, bias = shrunk_discriminant(cells, foreground, background, shrinkage=shrinkage)
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 

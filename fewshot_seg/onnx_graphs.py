@@ -173,7 +173,7 @@ class QueryGraph(PhotoGraph):
             priors = torch.cat([priors, margin.reshape(maps[:, :1].shape), evidence], dim=1)
         if self.segmenter.completion is not None:  # it looks at the query as at a photo of which nothing is known
             with _DynamicLinspace():
-                object_logits = self.segmenter.completion.of_bare_photos(maps, frozen)
+                object_logits = self.segmenter.objectness(maps, frozen)
             priors = torch.cat([priors, object_logits[:, None]], dim=1)
         coarse = self.segmenter.decoder(priors, frozen, prototype[None].expand(images.shape[0], prototype.shape[0]))
         logits = F.interpolate(coarse[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]

@@ -347,7 +347,7 @@ class FewShotSegmenter(nn.Module):
         With image-level supports it carries much of the answer: a photo's main object is likely what is asked for.
         """
         assert self.completion is not None
-        return self.completion.of_bare_photos(maps.detach(), joined)
+        return self.completion.objectness(maps.detach(), joined)
 
     def attention_maps(
         self,

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from general_model import BYTES
 from reproduce_supports import MIX
-from torch import Tensor
 from weight_runs import BACKBONE
 
 from episodes.protocols import get_protocol
@@ -30,7 +29,7 @@ from fewshot_seg.episode_logits import ShotLogits
 from fewshot_seg.evaluation import choose_logit_thresholds
 from fewshot_seg.feature_episodes import FeatureBatch
 from fewshot_seg.fold_data import FoldData, class_cells, held_out_episodes, open_fold, training_episodes
-from fewshot_seg.objectness import shrunk_discriminant
+from fewshot_seg.objectness import ObjectClassifier
 from fewshot_seg.report import Table, text_table
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter
 from fewshot_seg.similarity import join_levels
@@ -59,11 +58,9 @@ def _of_fold(
     protocol = get_protocol("hsnet", "pascal")
     data = open_fold(source, backbone, protocol, fold=fold, cache=arguments.cache, byte_budget=BYTES)
     cells, shares = class_cells(data, show_progress=True).of(data.choices.base)
-    sides = (shares[:, :-1].float().sum(dim=1), shares[:, -1].float())
-    linear = {
-        f"shrinkage {shrinkage:g}": shrunk_discriminant(cells, *sides, shrinkage=shrinkage)
-        for shrinkage in arguments.shrinkages
-    }
+    linear = {f"shrinkage {one:g}": ObjectClassifier(feature_channels=cells.shape[1]) for one in arguments.shrinkages}
+    for classifier, shrinkage in zip(linear.values(), arguments.shrinkages, strict=True):
+        classifier.fit(cells, shares, shrinkage=shrinkage)
     network = _trained(data, arguments.steps) if arguments.steps else None
     drawn = held_out_episodes(data, shots=1, count=arguments.episodes, seed=0)
     return choose_logit_thresholds(partial(_read, linear, network), drawn, show_progress=True)
@@ -79,14 +76,14 @@ def _trained(data: FoldData, steps: int) -> FewShotSegmenter:
 
 @torch.no_grad()
 def _read(
-    linear: Mapping[str, tuple[Tensor, Tensor]],
+    linear: Mapping[str, ObjectClassifier],
     network: FewShotSegmenter | None,
     batch: FeatureBatch,
     size: tuple[int, int],
 ) -> ShotLogits:
     """Every method's map of the queries; no support is looked at."""
     frozen = join_levels(batch.query_levels)
-    maps = {name: torch.einsum("bdhw,d->bhw", frozen, weight) + bias for name, (weight, bias) in linear.items()}
+    maps = {name: classifier(frozen) for name, classifier in linear.items()}
     if network is not None:
         maps[NETWORK] = network.objectness(network.similarity.turn(frozen), frozen)
     heads = {

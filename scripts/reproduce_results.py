@@ -17,8 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train_weights import PASCAL_NAMES
+
 _ROOT = Path(__file__).resolve().parents[1]
-_PASCAL = tuple(f"pascal-fold{fold}" for fold in range(4))
 _SHIPPED = "fewshot_seg/weights/pascal-fold{fold}.safetensors"
 
 
@@ -26,7 +27,7 @@ def commands(voc: Path, coco: Path, cub: Path) -> list[tuple[str, ...]]:
     """Scripts with their arguments, in order."""
     root = ("--root", str(voc))
     return [
-        ("train_weights.py", "--voc", str(voc), "--only", *_PASCAL, "--out", "runs/weights"),
+        ("train_weights.py", "--voc", str(voc), "--only", *PASCAL_NAMES, "--out", "runs/weights"),
         ("reproduce_sizes.py", *root),
         ("reproduce_cross_fitting.py", *root, "--shots", "1", "5"),
         ("reproduce_supports.py", *root, "--training", "cross-fitted", "--no-bare", "--episodes", "250"),

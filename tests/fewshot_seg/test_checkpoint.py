@@ -30,6 +30,7 @@ from fewshot_seg.decoder import ContextDecoder
 from fewshot_seg.encodings import Prediction
 from fewshot_seg.segmenter import FewShotSegmenter, build_segmenter, training_free
 from fewshot_seg.similarity import SimilarityNetwork
+from tests.fewshot_seg.test_segmenter import disturbed
 
 KINDS = (
     "ours",
@@ -42,16 +43,6 @@ KINDS = (
     "base learner",
     "base learner with completion",
 )
-
-
-def disturbed(segmenter: FewShotSegmenter) -> FewShotSegmenter:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in segmenter.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        if segmenter.completion is not None and segmenter.completion.objects is not None:
-            segmenter.completion.objects.weight.normal_(generator=generator)
-    return segmenter.eval()
 
 
 def make(backbone: Backbone, kind: str) -> FewShotSegmenter:

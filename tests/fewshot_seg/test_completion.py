@@ -291,8 +291,8 @@ class TestSupportCompletion:
         assert torch.equal(found[bare], completion.objects(features)[bare])
         assert torch.equal(found[[not one for one in bare]], expected[[not one for one in bare]])
         assert (found[bare] - expected[bare]).abs().max() > 1e-2
-        assert torch.equal(completion.of_bare_photos(maps, features)[bare], found[bare])
-        torch.testing.assert_close(plain.of_bare_photos(maps, features)[bare], expected[bare], rtol=1e-4, atol=1e-4)
+        assert torch.equal(completion.objectness(maps, features)[bare], found[bare])
+        torch.testing.assert_close(plain.objectness(maps, features)[bare], expected[bare], rtol=1e-4, atol=1e-4)
 
     def test_can_be_built_again(self) -> None:
         completion = disturbed(new(appearance=3, width=16, dropout=0.3, objects=True))

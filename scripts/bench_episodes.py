@@ -22,10 +22,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:  # see `measure`
+    from episodes.protocols import QueryDraw
 
 _WIDTH, _HEIGHT = 500, 375
 _DIFFERENT = 400
@@ -113,7 +116,7 @@ def in_child(**task: Any) -> dict[str, Any]:
 
 
 def measure(
-    *, what: str, root: str, cache: str, workers: int = 1, draw: str = "list", count: int = 1
+    *, what: str, root: str, cache: str, workers: int = 1, draw: QueryDraw = "list", count: int = 1
 ) -> dict[str, Any]:
     """Seconds and growth of the peak memory of one task."""
     # Imported here: the parent stays small, for a child's peak starts at its parent's on some systems.

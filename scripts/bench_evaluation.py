@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ class Bench:
             for shots in (1, 5, 10):
                 name = f"{shots}-shot" + ("" if cells is None else f", {cells} support cells")
                 episodes, encoded = self.episodes(shots, count), EncodedPhotos(self.segmenter, support_cells=cells)
-                work[name] = lambda episodes=episodes, encoded=encoded: self.score(episodes, _BATCH, encoded)
+                work[name] = partial(self.score, episodes, _BATCH, encoded)
                 scores[name] = work[name]()
         found = {name: value / count for name, value in turns(work, self.device).items()}
         for name, value in found.items():
@@ -205,7 +206,7 @@ class Bench:
         sizes = [count, 2 * count, 4 * count, 8 * count]
         self.score(self.episodes(1, sizes[-1]), _BATCH, encoded)
         drawn = {str(size): self.episodes(1, size) for size in sizes}
-        work = {name: lambda one=one: self.score(one, _BATCH, encoded) for name, one in drawn.items()}
+        work = {name: partial(self.score, one, _BATCH, encoded) for name, one in drawn.items()}
         found = {int(name): value for name, value in turns(work, self.device, rounds=2).items()}
         for size, value in found.items():
             print(f"  {size:6d} episodes {value:7.2f} s, {value / found[count] / (size / count):5.2f} times linear")
@@ -251,7 +252,7 @@ def new_model(backbone: Backbone) -> FewShotSegmenter:
     with torch.no_grad():
         for parameter in segmenter.trainable_parameters():
             if not parameter.any():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     return segmenter.to(next(backbone.parameters()).device).eval()
 
 
@@ -273,7 +274,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def turns(work: dict[str, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS) -> dict[str, float]:
+def turns(work: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS) -> dict[str, float]:
     """Median seconds of each, taking turns; a first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
@@ -304,7 +305,7 @@ class _Photos:
     def image(self, image_id: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.full((32, 32, 3), int(image_id) % 251, np.uint8)
 
-    def fingerprint(self, image_ids: list[str]) -> str:
+    def fingerprint(self, image_ids: Sequence[str]) -> str:
         return " ".join(image_ids)
 
 

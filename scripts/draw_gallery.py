@@ -45,8 +45,7 @@ def photograph(page: Path, folder: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, (width, height, top) in _VIEWS.items():
-            size = {"width": width, "height": height}
-            context = browser.new_context(viewport=size, color_scheme="light")
+            context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
             view = context.new_page()
             view.goto(page.resolve().as_uri())
             view.evaluate("top => document.querySelector(top).scrollIntoView()", top)

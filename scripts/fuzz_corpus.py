@@ -45,6 +45,7 @@ from fewshot_seg.app.limits import Limits
 from fewshot_seg.app.session import Engine, Session
 from fewshot_seg.backbones import Backbone, build_backbone
 from fewshot_seg.backbones.weight_files import fit_weights, read_weights
+from fewshot_seg.bad_steps import Account
 from fewshot_seg.checkpoint import load_segmenter, load_similarity, save_segmenter, save_similarity
 from fewshot_seg.config import EvaluateConfig, PredictConfig, TrainConfig, resolve
 from fewshot_seg.cross_fitting import are_priors, keep_tensors
@@ -198,7 +199,7 @@ def labelme_document() -> dict[str, Any]:
         "mask": [[4, 4], [14, 14]], "line": [[1, 1], [9, 9]], "linestrip": [[1, 1], [5, 9], [20, 3]],
         "point": [[7, 7]],
     }  # fmt: skip
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {"label": "cat" if n % 2 else "dog", "shape_type": kind, "points": given, "flags": {}, "group_id": None}
         | ({"mask": mask} if kind == "mask" else {})
         for n, (kind, given) in enumerate(points.items())
@@ -487,7 +488,7 @@ def _train(folder: Path, *, resume: bool) -> None:
         lambda step: (torch.ones(2, 4) * n for n in range(step, 3)),
         lambda batch: {"loss": module(batch).square().mean()},
         plan=plan,
-        describe=str,
+        describe=lambda batch: Account(what="rows", names=tuple(map(str, batch.tolist()))),
         folder=folder,
         resume=resume,
         checkpoint_every=2,
@@ -518,7 +519,7 @@ def read_training(path: Path) -> None:
     """As `--resume`."""
     import fewshot_seg.optimisation
 
-    fewshot_seg.optimisation.SummaryWriter = _NoWriter  # type: ignore[attr-defined,misc,assignment]
+    fewshot_seg.optimisation.SummaryWriter = _NoWriter  # type: ignore[attr-defined,assignment]
     _train(path.parent, resume=True)
 
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from episodes.prepare import preparation
 from episodes.prepare.archives import archives_of
 from episodes.sources import SyntheticSource
-from fewshot_seg import cross_fitted_fold
+from fewshot_seg import cross_fitted_fold, cross_fitting
 from fewshot_seg.backbones import build_backbone
 from fewshot_seg.cli import main as fewshot_seg
 from fewshot_seg.features import FeatureStore
@@ -60,7 +60,7 @@ class FewPictures(SyntheticSource):
 
 def patched_pictures() -> Any:
     """While it is entered, ``--data synthetic`` has few pictures, and a base learner takes a moment."""
-    quick = partial(cross_fitted_fold.train_base_learner, steps=5, batch_size=32)
+    quick = partial(cross_fitting.train_base_learner, steps=5, batch_size=32)
     return mock.patch.multiple("fewshot_seg.runs", SyntheticSource=FewPictures), mock.patch.object(
         cross_fitted_fold, "train_base_learner", quick
     )
@@ -117,7 +117,7 @@ def _tiny_archives(shelf: Path, *given: Any, **named: Any) -> Any:
     for archive in archives_of(*given, **named):
         content = (shelf / "archives" / archive.name).read_bytes()
         digests = {name: hashlib.new(name, content).hexdigest() for name in ("md5", "sha256")}
-        facts = {"size": len(content), **digests} if archive.is_vouched_for else {}
+        facts: dict[str, Any] = {"size": len(content), **digests} if archive.is_vouched_for else {}
         found.append(dataclasses.replace(archive, unpacked=10_000_000, **facts))
     return tuple(found)
 

@@ -54,13 +54,12 @@ def canonical(name: str) -> str:
 def licence_of(distribution: importlib.metadata.Distribution) -> str:
     """Expression, else a short field, else classifiers, else what `UNDECLARED` says."""
     metadata = distribution.metadata
-    expression = metadata.get("License-Expression")
-    field = (metadata.get("License") or "").strip()
+    expression, field = (str((metadata.get_all(name) or [""])[0]).strip() for name in ("License-Expression", "License"))
     classifiers = [
         one.rpartition(" :: ")[2] for one in metadata.get_all("Classifier") or () if one.startswith("License ::")
     ]
     if expression:
-        return str(expression)
+        return expression
     if field and len(field) < 60 and "\n" not in field and field != "UNKNOWN":
         return field
     return ", ".join(classifiers) or UNDECLARED.get(canonical(metadata["Name"]), "not declared")

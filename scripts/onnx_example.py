@@ -26,14 +26,16 @@ Array = npt.NDArray[Any]
 def linear_weights(old: int, new: int) -> Array:
     """The matrix (new, old) of linear interpolation between pixel centres."""
     place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old))).astype(np.float32)
+    weights: Array = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old))).astype(np.float32)
+    return weights
 
 
 def area_weights(old: int, new: int) -> Array:
     """The matrix (new, old) of the mean over the area that a pixel covers, for a smaller picture."""
     edges, pixels = np.arange(new + 1)[:, None] * old / new, np.arange(old)[None]
     covered = np.clip(np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels), 0, None)
-    return (covered * new / old).astype(np.float32)
+    weights: Array = (covered * new / old).astype(np.float32)
+    return weights
 
 
 def near_area_weights(old: int, new: int) -> Array:
@@ -61,7 +63,8 @@ def resize(picture: Array, height: int, width: int) -> Array:
         weights = linear_weights
     rows, columns = weights(old_height, height), weights(old_width, width)
     resized = np.einsum("hy,yxc,wx->hwc", rows, picture.astype(np.float32), columns, optimize=True)
-    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    rounded: Array = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    return rounded
 
 
 def fitted(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
@@ -73,7 +76,7 @@ def fitted(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
 
 def square(photo: Array, size: int, fit: str) -> Array:
     """uint8 (H, W, 3) -> float32 (3, S, S) in [0, 1]; beside a photo that is padded lies black."""
-    height, width = fitted(*photo.shape[:2], size, fit)
+    height, width = fitted(photo.shape[0], photo.shape[1], size, fit)
     whole = np.zeros((size, size, 3), np.uint8)
     whole[:height, :width] = resize(photo, height, width)
     return np.ascontiguousarray(whole.transpose(2, 0, 1)).astype(np.float32) / 255
@@ -81,7 +84,7 @@ def square(photo: Array, size: int, fit: str) -> Array:
 
 def square_mask(mask: Array, size: int, fit: str) -> Array:
     """uint8 (H, W) -> uint8 (S, S), the nearest pixels; 255, ignored, beside a photo that is padded."""
-    height, width = fitted(*mask.shape, size, fit)
+    height, width = fitted(mask.shape[0], mask.shape[1], size, fit)
     rows = ((np.arange(height) + 0.5) * mask.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * mask.shape[1] / width).astype(int)
     whole = np.full((size, size), 255, np.uint8)
@@ -106,8 +109,9 @@ def read_mask(path: Path) -> Array:
         upright = ImageOps.exif_transpose(picture)
         values = np.asarray(upright if upright.mode == "P" else upright.convert("L"))
     if set(np.unique(values).tolist()) <= {0, 255}:
-        return (values == 255).astype(np.uint8)
-    return np.where(values == 255, 255, values > 0).astype(np.uint8)
+        values = values == 255
+    marked: Array = np.where(values == 255, 255, values > 0).astype(np.uint8)
+    return marked
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def margin_threshold(stored: dict[str, Tensor]) -> float:
         metric.update(margin > threshold, target, stored["class_ids"].tolist())
         return metric.compute().miou
 
-    return max(torch.linspace(-1, 2, 31).tolist(), key=miou)
+    return float(max(torch.linspace(-1, 2, 31).tolist(), key=miou))
 
 
 def seen_classes(segmenter: FewShotSegmenter, data: FoldData, counts: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

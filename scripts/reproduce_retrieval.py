@@ -126,7 +126,7 @@ def _cell(place: tuple[str, str, int], *, root: Path, out: Path, cache: Path, qu
         for suffix, kind in kinds.items():
             faithful = pair_faithfulness(embedder, images, comparisons, size=PHOTO_SIZE, kind=kind)  # type: ignore[arg-type]
             for mode in ("deletion", "insertion"):
-                scores[mode + suffix] = faithful.normalised(mode)  # type: ignore[arg-type]
+                scores[mode + suffix] = faithful.normalised(mode)
         write_json(kept, scores)
         print(f"{stage}: {name}, seed {seed} done", flush=True)
     found: dict[str, float] = read_json(kept, what="finished cell")

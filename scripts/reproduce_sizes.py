@@ -120,7 +120,7 @@ def _shipped_records(model: Path, data: FoldData, shots: int, count: int | None)
     scores = [score for one in same for score in one.scores if all(score[name] == asked[name] for name in asked)]
     if not scores:
         return []
-    common = asked | {"task": "segmentation", "method": method_at(data.resolution, data.protocol.resolution)}
+    common: Record = asked | {"task": "segmentation", "method": method_at(data.resolution, data.protocol.resolution)}
     common |= {"seeds": [data.protocol.seed]}
     values = {"FB-IoU": scores[0]["fb_iou"]}
     values |= {f"IoU: {name}": value for name, value in scores[0]["per_class"].items()}

@@ -127,6 +127,7 @@ def _cross_fitted(
     segmenter = load_segmenter(model).segmenter
     scored = at_resolution(data, PHOTO_SIZE, cache=cache, byte_budget=BYTES)
     records = _cells(scored, folder, CROSS_FITTED, (segmenter, None), _counts(episodes), quick)
+    assert segmenter.weak_decoder is not None
     segmenter.decoder, segmenter.weak_decoder = segmenter.weak_decoder, None  # the first answer is the last
     records += _cells(scored, folder, FIRST_ANSWER, (segmenter, None), _counts(episodes), quick, kinds=("label",))
     return [record | {"fold": fold} for record in records]

@@ -26,16 +26,14 @@ Array = npt.NDArray[Any]
 def linear_weights(old: int, new: int) -> Array:
     """The matrix (new, old) of linear interpolation between pixel centres."""
     place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    weights: Array = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old))).astype(np.float32)
-    return weights
+    return np.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old))), np.float32)
 
 
 def area_weights(old: int, new: int) -> Array:
     """The matrix (new, old) of the mean over the area that a pixel covers, for a smaller picture."""
     edges, pixels = np.arange(new + 1)[:, None] * old / new, np.arange(old)[None]
     covered = np.clip(np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels), 0, None)
-    weights: Array = (covered * new / old).astype(np.float32)
-    return weights
+    return np.asarray(covered * new / old, np.float32)
 
 
 def near_area_weights(old: int, new: int) -> Array:
@@ -63,8 +61,7 @@ def resize(picture: Array, height: int, width: int) -> Array:
         weights = linear_weights
     rows, columns = weights(old_height, height), weights(old_width, width)
     resized = np.einsum("hy,yxc,wx->hwc", rows, picture.astype(np.float32), columns, optimize=True)
-    rounded: Array = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
-    return rounded
+    return np.asarray(np.clip(np.rint(resized), 0, 255), np.uint8)
 
 
 def fitted(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
@@ -109,9 +106,8 @@ def read_mask(path: Path) -> Array:
         upright = ImageOps.exif_transpose(picture)
         values = np.asarray(upright if upright.mode == "P" else upright.convert("L"))
     if set(np.unique(values).tolist()) <= {0, 255}:
-        values = values == 255
-    marked: Array = np.where(values == 255, 255, values > 0).astype(np.uint8)
-    return marked
+        return np.asarray(values == 255, np.uint8)
+    return np.where(values == 255, 255, values > 0).astype(np.uint8)
 
 
 def main() -> None:

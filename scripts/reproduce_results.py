@@ -21,6 +21,7 @@ from train_weights import PASCAL_NAMES
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SHIPPED = "fewshot_seg/weights/pascal-fold{fold}.safetensors"
+_RIVALS = ("panet", "pfenet", "repri", "hsnet")
 
 
 def commands(voc: Path, coco: Path, cub: Path) -> list[tuple[str, ...]]:
@@ -28,11 +29,11 @@ def commands(voc: Path, coco: Path, cub: Path) -> list[tuple[str, ...]]:
     root = ("--root", str(voc))
     return [
         ("train_weights.py", "--voc", str(voc), "--only", *PASCAL_NAMES, "--out", "runs/weights"),
-        ("reproduce_sizes.py", *root),
+        ("reproduce_sizes.py", *root, "--sizes", "400", "560", "640", "--base-episodes", "50"),
         ("reproduce_cross_fitting.py", *root, "--shots", "1", "5"),
         ("reproduce_supports.py", *root, "--training", "cross-fitted", "--no-bare", "--episodes", "250", "150"),
         ("reproduce_supports.py", *root),
-        ("reproduce_rivals.py", *root, "--ours", _SHIPPED, "--episodes", "400", "--record"),
+        ("reproduce_rivals.py", *root, "--ours", _SHIPPED, "--episodes", "400", "--methods", *_RIVALS, "--record"),
         ("reproduce_pascal.py", *root),
         ("reproduce_priors.py", *root),
         ("reproduce_explainers.py", *root),
